@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * Every entry point, in the order of a socket's life. The work is in the headers: bcc loses entry functions of
+ * included files, and rewrites pointer accesses only here, which nothing in this file needs.
+ *
+ * Each program returns 1 (go on) whatever happens: this version observes.
+ * Where each is attached, and what is lost without it: exporter/kernel/probes.py.
+ */
+#include "wire.h"
+#include "connect.h"
+#include "packets.h"
+#include "tls.h"
+
+int ebfw_connect4(struct bpf_sock_addr *ctx)
+{
+	u8 peer[16] __attribute__((aligned(8)));
+
+	set_v4(peer, ctx->user_ip4);
+	return want_connect(ctx, peer);
+}
+
+int ebfw_connect6(struct bpf_sock_addr *ctx)
+{
+	u32 peer[4] __attribute__((aligned(8))) = {ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2],
+						   ctx->user_ip6[3]};
+
+	return want_connect(ctx, (const u8 *)peer);
+}
+
+int ebfw_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	u8 peer[16] __attribute__((aligned(8)));
+
+	set_v4(peer, ctx->user_ip4);
+	return want_send(ctx, peer);
+}
+
+int ebfw_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	u32 peer[4] __attribute__((aligned(8))) = {ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2],
+						   ctx->user_ip6[3]};
+
+	return want_send(ctx, (const u8 *)peer);
+}
+
+int ebfw_sockops(struct bpf_sock_ops *ctx)
+{
+	return tcp_event(ctx);
+}
+
+int ebfw_egress(struct __sk_buff *skb)
+{
+	return packet_out(skb);
+}
+
+int ebfw_ingress(struct __sk_buff *skb)
+{
+	return packet_in(skb);
+}
+
+int ebfw_release(struct bpf_sock *ctx)
+{
+	return released(ctx);
+}
+
+int ebfw_ssl_write(struct registers *regs)
+{
+	return tls_written(regs);
+}

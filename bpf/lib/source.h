@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * Where the parsers read from: a packet in the kernel; plain memory when the tests compile them for the host.
+ * The parsers themselves know neither.
+ */
+#ifndef EBFW_SOURCE_H
+#define EBFW_SOURCE_H
+
+#define INLINE static inline __attribute__((always_inline))
+
+/*
+ * Keep the low bits of x, visibly to the verifier. clang drops a mask that it can prove to be without effect; the
+ * verifier, which knows less, then refuses the access. In asm the mask stays.
+ */
+/*
+ * Read memory anew after this. Without it clang keeps in a register what it has just stored, with the bounds that
+ * the verifier knows of it; read from a map, it is a number of which nothing is known, and paths merge.
+ */
+#define RELOAD() asm volatile("" ::: "memory")
+
+#ifdef EBFW_HOST
+#define BOUND(x, mask) ((x) &= (mask))
+#define OPAQUE(x) ((void)(x))
+#else
+#define BOUND(x, mask) asm volatile("%0 &= %1" : "+r"(x) : "i"(mask))
+#define OPAQUE(x) asm volatile("" : "+r"(x))
+#endif
+
+/*
+ * Zero, read from a map. Added to a number it makes the verifier forget what it knows of it: parsing leaves by dozens
+ * of paths, each with other bounds, and everything after would be verified once for each.
+ */
+#ifdef EBFW_HOST
+INLINE u32 forget(void)
+{
+	return 0;
+}
+#else
+INLINE u32 forget(void)
+{
+	u32 key = 0;
+	struct settings *settings = bpf_map_lookup_elem(MAP(SETTINGS), &key);
+
+	return settings ? settings->zero : 0;
+}
+#endif
+
+#ifdef EBFW_HOST
+struct source {
+	const u8 *data;
+	u32 length;
+};
+
+/* n bytes at offset; 0, or negative where they are not all there. */
+INLINE int read_bytes(struct source *from, u32 offset, void *to, u32 n)
+{
+	if (offset > from->length || n > from->length - offset)
+		return -1;
+	__builtin_memcpy(to, from->data + offset, n);
+	return 0;
+}
+#else
+#define source __sk_buff
+#define read_bytes(from, offset, to, n) bpf_skb_load_bytes(from, offset, to, n)
+#endif
+
+#endif

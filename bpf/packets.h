@@ -1,0 +1,466 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * Every packet of every socket in the subtree: cgroup_skb egress and ingress. Counts it, and looks into the payload
+ * only while there is something to learn: the client's first bytes, HTTP requests, DNS.
+ *
+ * The peer is the socket's, never the packet's: behind DNAT or a mesh redirect the two differ. Egress payload is
+ * never linear, so it is read with bpf_skb_load_bytes alone. TCP transmits under the socket's lock, which makes its
+ * storage ours; ingress runs before that lock, hence the atomic there.
+ */
+#ifndef EBFW_PACKETS_H
+#define EBFW_PACKETS_H
+
+#include "tcp.h"
+#include "lib/head.h"
+
+#define SOCKET_RAW 3 /* SOCK_RAW */
+#define HEAD_LIMIT 8192
+
+#define OUT 1
+#define IN 0
+
+INLINE void count_packet(struct __sk_buff *skb, struct traffic *t, int out)
+{
+	u64 packets = skb->gso_segs;
+
+	packets += !packets; /* 0 for SYN-ACK, RST and UDP */
+	if (out) {
+		ADD(t->tx_bytes, skb->len);
+		ADD(t->tx_packets, packets);
+	} else {
+		ADD(t->rx_bytes, skb->len);
+		ADD(t->rx_packets, packets);
+	}
+}
+
+/* Handshake packets run on the listening socket, which has no one peer and keeps nothing. */
+INLINE void count_on_listener(struct __sk_buff *skb, u16 port, int out)
+{
+	struct flow_key key = {};
+	struct flow_row row = {};
+	struct traffic *t;
+
+	key.cgroup = bpf_skb_cgroup_id(skb);
+	key.transport = PROTO_TCP;
+	key.role = ROLE_SERVER;
+	key.kind = FLOW_INBOUND;
+	key.port = port;
+	find_row(&key, &row);
+	t = stripe(row.slot, row.generation, stride());
+	if (t)
+		count_packet(skb, t, out);
+}
+
+/* Does someone listen where this connection ends here? Then it was accepted. */
+INLINE int has_listener(struct __sk_buff *skb, struct bpf_sock *sk, const struct packet *p, int out)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *listener;
+
+	if (skb->protocol == bpf_htons(0x0800)) {
+		tuple.ipv4.daddr = *(u32 *)((out ? p->source : p->dest) + 12);
+		tuple.ipv4.dport = bpf_htons(sk->src_port);
+		listener = bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		copy16(tuple.ipv6.daddr, out ? p->source : p->dest);
+		tuple.ipv6.dport = bpf_htons(sk->src_port);
+		listener = bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!listener)
+		return 0;
+	bpf_sk_release(listener);
+	return 1;
+}
+
+/* The connected peer of a socket; 0 where it has none. */
+INLINE int connected_peer(struct bpf_sock *sk, struct socket *s)
+{
+	u16 port = sk->dst_port;
+
+	if (!port)
+		return 0;
+	s->peer_port = bpf_ntohs(port);
+	if (sk->family == 2) {
+		set_v4(s->peer, sk->dst_ip4);
+	} else {
+		((u32 *)s->peer)[0] = sk->dst_ip6[0];
+		((u32 *)s->peer)[1] = sk->dst_ip6[1];
+		((u32 *)s->peer)[2] = sk->dst_ip6[2];
+		((u32 *)s->peer)[3] = sk->dst_ip6[3];
+	}
+	return 1;
+}
+
+/* A socket that no hook of ours has seen before: older than the agent, or a UDP server's. Its process is unknown. */
+INLINE struct socket *adopt(struct __sk_buff *skb, struct bpf_sock *sk, const struct packet *p, int out)
+{
+	u32 state = sk->state;
+	struct socket *s;
+	int connected;
+
+	if (p->transport == PROTO_TCP && sk->type == SOCKET_RAW) /* the kernel's own, for a RST without a socket */
+		return 0;
+	s = new_socket(sk);
+	if (!s)
+		return 0;
+	s->cookie = socket_cookie(skb);
+	s->began_ns = bpf_ktime_get_ns();
+	s->transport = p->transport;
+	s->local_port = sk->src_port;
+	copy16(s->local, out ? p->source : p->dest);
+	connected = connected_peer(sk, s);
+	if (!connected) {
+		copy16(s->peer, out ? p->dest : p->source);
+		s->peer_port = out ? p->dest_port : p->source_port;
+	}
+	s->role = out || connected ? ROLE_CLIENT : ROLE_SERVER;
+	if (p->transport == PROTO_TCP) {
+		if (state != STATE_CLOSE && state != STATE_SYN_SENT && has_listener(skb, sk, p, out))
+			s->role = ROLE_SERVER;
+		else
+			s->role = ROLE_CLIENT;
+		s->stage = s->role == ROLE_CLIENT ? STAGE_FIRST : STAGE_DONE;
+	} else if (s->role == ROLE_CLIENT) {
+		if (!connected)
+			s->flags |= S_UNCONNECTED;
+		if (p->transport == PROTO_UDP && s->peer_port == 53)
+			s->stage = STAGE_DNS;
+	}
+	return s;
+}
+
+INLINE void tell_hello(struct socket *s, struct inspection *in)
+{
+	struct {
+		struct record head;
+		u8 name[NAME_SIZE];
+	} *b;
+	struct {
+		struct record head;
+		u8 name[ROOM_SMALL];
+	} *small;
+	u64 now = bpf_ktime_get_ns();
+
+	if (in->name_length < ROOM_SMALL) {
+		small = (void *)reserve_record(sizeof(*small));
+		if (!small)
+			return;
+		fill_record(&small->head, s, RECORD_HELLO, now);
+		__builtin_memcpy(small->name, in->key.reversed, ROOM_SMALL);
+		small->head.length = in->name_length;
+		bpf_ringbuf_submit(small, wakeup());
+		return;
+	}
+	b = (void *)reserve_record(sizeof(*b));
+	if (!b)
+		return;
+	fill_record(&b->head, s, RECORD_HELLO, now);
+	__builtin_memcpy(b->name, in->key.reversed, NAME_SIZE);
+	b->head.length = in->name_length;
+	bpf_ringbuf_submit(b, wakeup());
+}
+
+/* The socket has shown a name: it counts in that name's slot from here on. */
+INLINE void named(struct socket *s, struct inspection *in, u64 evidence)
+{
+	u64 id = name_finish(in, evidence);
+
+	if (s->name) /* a Host before: of a CONNECT, say. It is the stronger evidence */
+		return;
+	if (!bpf_map_lookup_elem(MAP(NAMES), &id) &&
+	    bpf_map_update_elem(MAP(NAMES), &id, in->key.reversed, BPF_NOEXIST) &&
+	    !bpf_map_lookup_elem(MAP(NAMES), &id)) {
+		count_tally(LOST_NAME_TABLE);
+		return;
+	}
+	if (bpf_map_lookup_elem(MAP(EXCLUDED_NAMES), &in->key))
+		s->flags |= S_EXCLUDED;
+	s->name = id;
+	s->stride = 0;
+}
+
+/* What do these first bytes begin: a ClientHello, an HTTP request, or nothing that we read? */
+INLINE u8 classify(struct __sk_buff *skb, const struct packet *p, u8 stage)
+{
+	u32 word = 0;
+
+	if (p->length >= 4) {
+		if (bpf_skb_load_bytes(skb, p->payload, &word, 4))
+			return STAGE_DONE;
+		if (is_method(word))
+			return STAGE_HEAD;
+	} else {
+		if (bpf_skb_load_bytes(skb, p->payload, &word, 1))
+			return STAGE_DONE;
+		if (word >= 'A' && word <= 'Z')
+			return STAGE_HEAD;
+	}
+	if (stage == STAGE_HTTP)
+		return STAGE_HTTP;
+	return (word & 0xff) == 0x16 ? STAGE_HELLO : STAGE_DONE;
+}
+
+INLINE void inspect_hello(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s, struct inspection *in)
+{
+	hello_feed(in, skb);
+	if (in->status == READING)
+		return;
+	if (in->status == READ_NAME)
+		named(s, in, NAME_FROM_SNI);
+	if (in->status == READ_FAILED)
+		count_tally(LOST_HELLO);
+	else if (s->flags & S_EXCLUDED)
+		count_tally(FILTERED_TLS);
+	else
+		tell_hello(s, in);
+	s->stage = STAGE_DONE;
+	bpf_sk_storage_delete(MAP(INSPECTIONS), sk);
+}
+
+INLINE void inspect_head(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s, struct inspection *in,
+			 struct parcel *parcel)
+{
+	u32 old = in->next, seen = old - in->at;
+
+	if (seen >= in->length) /* sent again */
+		return;
+	head_feed(in, skb);
+	in->next = in->at + in->length;
+	if (in->status == READ_NAME) {
+		in->status = READ_NO_NAME;
+		named(s, in, NAME_FROM_HOST);
+	}
+	parcel->kind = RECORD_HEAD;
+	parcel->offset = in->base + seen;
+	parcel->length = in->length - seen;
+	parcel->stream_offset = old;
+	parcel->flags = in->ended ? RECORD_HEAD_END : 0;
+	if (!in->ended && in->next < HEAD_LIMIT)
+		return;
+	if (in->tunnel) { /* what follows the proxy's answer is another first */
+		s->stage = STAGE_FIRST;
+		s->flags |= S_PROXIED;
+	} else {
+		s->stage = STAGE_HTTP;
+	}
+	bpf_sk_storage_delete(MAP(INSPECTIONS), sk);
+}
+
+INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s, const struct packet *p,
+		    struct parcel *parcel)
+{
+	struct inspection *in;
+
+	if (s->flags & S_EXCLUDED) {
+		s->stage = STAGE_DONE;
+		return;
+	}
+	if (s->stage == STAGE_FIRST || s->stage == STAGE_HTTP) {
+		u8 next = classify(skb, p, s->stage);
+
+		s->stage = next;
+		if (next != STAGE_HELLO && next != STAGE_HEAD)
+			return;
+		in = bpf_sk_storage_get(MAP(INSPECTIONS), sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+		if (in)
+			in->start = p->seq;
+	} else {
+		in = bpf_sk_storage_get(MAP(INSPECTIONS), sk, 0, 0);
+	}
+	if (!in) {
+		s->stage = STAGE_DONE;
+		return;
+	}
+	/*
+	 * From here on the segment is described in map memory alone. In registers the verifier would go on with the
+	 * bounds of each of the dozens of paths that lead here, and verify the rest once for each.
+	 */
+	in->base = p->payload;
+	in->length = p->length;
+	in->at = p->seq - in->start;
+	RELOAD();
+	if (s->stage == STAGE_HELLO)
+		inspect_hello(skb, sk, s, in);
+	else
+		inspect_head(skb, sk, s, in, parcel);
+}
+
+INLINE void tell_datagram(struct socket *s)
+{
+	s->flags |= S_TOLD;
+	if (s->stage != STAGE_DNS)
+		tell_end(s, RECORD_OPENED, OUTCOME_OK, s->began_ns, 0);
+}
+
+/* The first packet that knows the socket's own cgroup: connect() knew the task's, accept() none. */
+INLINE void set_workload(struct __sk_buff *skb, struct socket *s)
+{
+	u64 cgroup = bpf_skb_cgroup_id(skb);
+
+	if (s->cgroup != cgroup) {
+		s->cgroup = cgroup;
+		s->stride = 0;
+	}
+}
+
+INLINE struct traffic *counters_of(struct socket *s, int *created)
+{
+	struct traffic *t = s->stride ? stripe(s->slot, s->generation, s->stride) : 0;
+	struct connections *c;
+
+	if (t)
+		return t;
+	*created = locate(s);
+	if (s->role == ROLE_SERVER && s->flags & S_OPEN) {
+		s->flags &= ~S_OPEN;
+		c = bpf_map_lookup_elem(MAP(CONNECTIONS), &s->slot);
+		if (c)
+			ADD(c->opened, 1);
+	}
+	return stripe(s->slot, s->generation, s->stride);
+}
+
+INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s)
+{
+	struct packet p;
+	struct parcel parcel = {};
+	struct traffic *t;
+	int created = 0;
+
+	sk = bpf_sk_fullsock(sk);
+	if (!sk || parse_packet(skb, skb->len, &p))
+		return 1;
+	if (!s) {
+		if (sk->state == STATE_LISTEN && p.transport == PROTO_TCP) {
+			count_on_listener(skb, p.source_port, OUT);
+			return 1;
+		}
+		s = adopt(skb, sk, &p, OUT);
+		if (!s)
+			return 1;
+	}
+	if (!s->stride) {
+		set_workload(skb, s);
+		s->local_port = sk->src_port;
+		copy16(s->local, p.source);
+	}
+	if (s->flags & S_RETURN && !(s->flags & S_DETOUR)) {
+		connected_peer(sk, s);
+		s->flags &= ~(S_RETURN | S_DESCRIBED);
+		s->stage = s->peer_port == 53 ? STAGE_DNS : STAGE_DONE;
+		s->stride = 0;
+	}
+	if (!(s->flags & S_DESCRIBED))
+		describe(s);
+	if (s->stage == STAGE_DNS) {
+		parcel.kind = RECORD_DNS_QUERY;
+		parcel.offset = p.payload;
+		parcel.length = p.length;
+	} else if (s->stage && p.length && p.transport == PROTO_TCP) {
+		inspect(skb, sk, s, &p, &parcel);
+	}
+	ship(skb, s, &parcel);
+	t = counters_of(s, &created);
+	if (t)
+		count_packet(skb, t, OUT);
+	s->tx_bytes += skb->len;
+	if (s->transport == PROTO_UDP && s->role == ROLE_CLIENT && (created || !(s->flags & S_TOLD)))
+		tell_datagram(s);
+	if (s->flags & S_DETOUR)
+		s->flags = (s->flags & ~S_DETOUR) | S_RETURN;
+	return 1;
+}
+
+INLINE int packet_out(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct traffic *t;
+	struct socket *s;
+
+	if (!sk)
+		return 1;
+	s = known_socket(sk);
+	if (s && s->stage == STAGE_DONE && s->stride && !(s->flags & (S_DETOUR | S_RETURN))) {
+		t = stripe(s->slot, s->generation, s->stride);
+		if (t) {
+			count_packet(skb, t, OUT);
+			s->tx_bytes += skb->len;
+			return 1;
+		}
+	}
+	return packet_out_slow(skb, sk, s);
+}
+
+/* An answer to an unconnected socket counts in the row of whoever sent it, if we asked them. */
+INLINE struct traffic *counters_of_sender(struct socket *s, const struct packet *p)
+{
+	struct flow_key key;
+	struct flow_row *row;
+
+	if (s->flags & S_EXCLUDED || (s->peer_port == p->source_port && same16(s->peer, p->source)))
+		return 0;
+	flow_key_of(s, &key);
+	copy16(key.peer, p->source);
+	key.port = p->source_port;
+	row = bpf_map_lookup_elem(MAP(FLOWS), &key);
+	return row ? stripe(row->slot, row->generation, s->stride) : 0;
+}
+
+INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s)
+{
+	struct packet p;
+	struct traffic *t = 0;
+	int created = 0;
+
+	sk = bpf_sk_fullsock(sk);
+	if (!sk || parse_packet(skb, skb->len, &p))
+		return 1;
+	if (!s) {
+		if (sk->state == STATE_LISTEN && p.transport == PROTO_TCP) {
+			count_on_listener(skb, p.dest_port, IN);
+			return 1;
+		}
+		s = adopt(skb, sk, &p, IN);
+		if (!s)
+			return 1;
+	}
+	if (!s->stride)
+		set_workload(skb, s);
+	if (s->flags & S_CONNECTING && p.tcp_flags & TCP_FLAG_RST)
+		s->flags |= S_RST;
+	if (s->stage == STAGE_DNS) {
+		struct parcel parcel = {.kind = RECORD_DNS_ANSWER, .offset = p.payload, .length = p.length};
+
+		ship(skb, s, &parcel);
+	}
+	if (s->flags & S_UNCONNECTED && s->stride)
+		t = counters_of_sender(s, &p);
+	if (!t)
+		t = counters_of(s, &created);
+	if (t)
+		count_packet(skb, t, IN);
+	ADD(s->rx_bytes, skb->len);
+	return 1;
+}
+
+INLINE int packet_in(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct traffic *t;
+	struct socket *s;
+
+	if (!sk)
+		return 1;
+	s = known_socket(sk);
+	if (s && s->stage != STAGE_DNS && s->stride && !(s->flags & (S_CONNECTING | S_UNCONNECTED))) {
+		t = stripe(s->slot, s->generation, s->stride);
+		if (t) {
+			count_packet(skb, t, IN);
+			ADD(s->rx_bytes, skb->len);
+			return 1;
+		}
+	}
+	return packet_in_slow(skb, sk, s);
+}
+
+#endif

@@ -1,0 +1,250 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * wire.h: the contract between the kernel side and exporter/kernel/wire.py.
+ *
+ * Every struct and constant that crosses. Fixed widths, explicit padding, no bool, pointer or bitfield; an IPv4
+ * address is its IPv4-mapped IPv6 form (RFC 4291, 2.5.5.2), so that there is one code path. Multi-byte integers
+ * are in host order, addresses in network order. tests/unit/test_wire.py holds this file against wire.py.
+ */
+#ifndef EBFW_WIRE_H
+#define EBFW_WIRE_H
+
+/* Raise it when a pinned map changes its key, value or meaning: an agent that finds another number starts anew. */
+#define LAYOUT_VERSION 1
+
+/* Maps are named by these numbers in the compiled instructions; the loader replaces each with a file descriptor. */
+enum map_id {
+	MAP_SETTINGS = 1,
+	MAP_SOCKETS,
+	MAP_INSPECTIONS,
+	MAP_FLOWS,
+	MAP_TRAFFIC,
+	MAP_CONNECTIONS,
+	MAP_FREE_SLOTS,
+	MAP_SPARE_SLOTS,
+	MAP_NAMES,
+	MAP_DESTINATIONS,
+	MAP_EXCLUDED_NAMES,
+	MAP_TALLIES,
+	MAP_SCOPE,
+	MAP_RECORDS,
+};
+
+enum role { ROLE_UNKNOWN, ROLE_CLIENT, ROLE_SERVER };
+
+enum scope { SCOPE_INTERNET, SCOPE_LOOPBACK, SCOPE_PRIVATE, SCOPE_LINK_LOCAL };
+
+/* What one row of the flow table stands for. */
+enum flow_kind {
+	FLOW_PEER,     /* client: one peer address, port, transport and name */
+	FLOW_INBOUND,  /* server: one local port and transport, however many clients */
+	FLOW_EXCLUDED, /* what `exclude` matched: one row a scope */
+	FLOW_OTHER,    /* what found no room, and idle rows that were folded */
+};
+
+struct flow_key {
+	__u64 cgroup;
+	__u64 name;     /* hash of the name shown, 0 until SNI or Host; see struct name */
+	__u8 peer[16];
+	__u16 port;     /* the peer's; the local one on FLOW_INBOUND */
+	__u8 transport; /* IP protocol number */
+	__u8 role;
+	__u8 scope;
+	__u8 kind;
+	__u16 pad;
+};
+
+struct flow_row {
+	__u32 slot;
+	__u32 generation; /* of the slot when this row took it */
+	__u64 since_ns;   /* CLOCK_MONOTONIC */
+};
+
+/* One stripe of a slot's packet counters; index = slot + (cpu % STRIPES) * slots. */
+#define STRIPES 4
+struct traffic {
+	__u64 tx_bytes;
+	__u64 tx_packets;
+	__u64 rx_bytes;
+	__u64 rx_packets;
+	__u32 generation; /* a socket whose copy differs looks its row up again; the agent raises it to free a slot */
+	__u32 taken;      /* in the first stripe: 1 from the time a row takes the slot until the agent frees it */
+};
+
+/* A slot's counters of what happens once a connection, not once a packet. */
+struct connections {
+	__u64 opened;
+	__u64 closed;
+	__u64 refused;
+	__u64 timed_out;
+	__u64 cancelled;
+	__u64 unreachable;
+	__u64 denied;
+	__u64 retransmits;
+};
+
+/* Names are kept reversed, lower case, with a final dot ("moc.elpmaxe."), as a suffix match by prefix needs them. */
+#define NAME_SIZE 256
+#define NAME_FROM_SNI 1 /* the low two bits of a name's id */
+#define NAME_FROM_HOST 2
+struct name {
+	__u8 reversed[NAME_SIZE];
+};
+
+struct name_key {
+	__u32 prefix_bits;
+	__u8 reversed[NAME_SIZE];
+};
+
+struct address_key {
+	__u32 prefix_bits;
+	__u8 address[16];
+};
+
+struct destination {
+	__u8 scope;
+	__u8 excluded;
+	__u16 pad;
+};
+
+struct settings {
+	__u32 slots;
+	__u32 wakeup_bytes; /* wake the reader when this much of the ring is unread */
+	__u32 zero;         /* zero, which the verifier cannot know: see forget() */
+	__u32 pad;
+};
+
+/* Per-CPU tallies: losses first, then what `exclude` kept from being told. */
+enum tally {
+	LOST_RING_FULL,     /* a record found no room in the ring */
+	LOST_FLOW_TABLE,    /* no free slot: traffic went to the workload's ~other row */
+	LOST_FLOW_OVERFLOW, /* not even that: the node-wide row, slot 0 */
+	LOST_NAME_TABLE,    /* no room for a name: the flow stays unnamed */
+	LOST_SOCKET,        /* no socket storage: traffic of this packet went uncounted */
+	LOST_HELLO,         /* a ClientHello that could not be read to its end */
+	FILTERED_CONNECT,
+	FILTERED_CLOSE,
+	FILTERED_TLS,
+	TALLIES,
+};
+
+enum record_kind {
+	RECORD_OPENED = 1, /* TCP handshake done; UDP: first datagram to this peer */
+	RECORD_FAILED,
+	RECORD_CLOSED,
+	RECORD_DNS_QUERY,  /* payload: the message */
+	RECORD_DNS_ANSWER, /* payload: the message */
+	RECORD_HELLO,      /* payload: the reversed name */
+	RECORD_HEAD,       /* payload: a piece of an HTTP/1 request head, `offset` bytes into it */
+	RECORD_TLS_WRITE,  /* payload: what an application handed to its TLS library, if it looks like HTTP */
+};
+
+enum outcome {
+	OUTCOME_NONE,
+	OUTCOME_OK,
+	OUTCOME_REFUSED,
+	OUTCOME_TIMED_OUT,
+	OUTCOME_CANCELLED,
+	OUTCOME_UNREACHABLE,
+	OUTCOME_DENIED,
+	OUTCOME_RESET,
+};
+
+#define RECORD_TRUNCATED 1 /* record.flags: the payload is shorter than what was seen */
+#define RECORD_PROXIED 2   /* record.flags: behind a CONNECT to an HTTP proxy */
+#define RECORD_HEAD_END 4  /* record.flags: the head ends in this piece */
+
+struct record {
+	__u64 time_ns; /* CLOCK_MONOTONIC, when the thing happened */
+	__u64 cgroup;
+	__u64 cookie;  /* the socket's; 0 = no socket known */
+	__u64 name;    /* hash of the name that this flow carries, 0 = none */
+	__u8 local[16];
+	__u8 peer[16];
+	__u8 comm[16];
+	__u32 pid;
+	__u16 local_port;
+	__u16 peer_port;
+	__u8 kind;
+	__u8 transport;
+	__u8 role;
+	__u8 scope;
+	__u8 outcome;
+	__u8 flags;
+	__u16 length; /* of the payload that follows */
+	__u64 duration_ns;
+	__u64 tx_bytes;
+	__u64 rx_bytes;
+	__u32 retransmits;
+	__u32 rtt_us;
+	__u32 offset;
+	__u32 pad;
+};
+
+/* Payload rooms: a record takes the smallest that fits. */
+#define ROOM_SMALL 64
+#define ROOM_MEDIUM 256
+#define ROOM_LARGE 1024
+#define ROOM_HUGE 2048
+
+/* A socket's identity and progress: socket storage, gone with the socket. Not read by Python; its size is. */
+struct socket {
+	__u64 cgroup;
+	__u64 cookie;
+	__u64 name;
+	__u64 began_ns;  /* connect called, or first seen */
+	__u64 opened_ns; /* handshake done */
+	__u64 tx_bytes;
+	__u64 rx_bytes;
+	__u8 peer[16];
+	__u8 local[16];
+	__u8 comm[16];
+	__u32 pid;
+	__u32 slot;
+	__u32 generation;
+	__u32 stride; /* slots in the table, the distance between a slot's stripes; 0 = slot not looked up yet */
+	__u16 peer_port;
+	__u16 local_port;
+	__u8 transport;
+	__u8 role;
+	__u8 scope;
+	__u8 stage;
+	__u32 flags;
+	__u32 retransmits;
+	__u32 policy_generation; /* room for the verdict, its rule and the policy it was judged under */
+	__u16 rule;
+	__u8 verdict;
+	__u8 pad;
+};
+
+/*
+ * Reading a name out of a byte stream that comes in pieces: socket storage, there only while a name is being read.
+ * `dots` stands right before `text`, so that a name read backwards from its end is followed by a dot and zeros.
+ */
+#define PIECE 56
+#define CARRY 8
+struct inspection {
+	__u8 dots[NAME_SIZE];
+	__u8 text[2 * NAME_SIZE]; /* the name, forwards; twice the size: the verifier bounds offset and length apart */
+	struct name_key key;
+	__u32 start;       /* TCP sequence number of the stream's first byte */
+	__u32 base;        /* this segment: where its payload lies in the packet, */
+	__u32 at;          /* which byte of the stream that is, */
+	__u32 length;      /* and how many there are */
+	__u32 next;        /* bytes of the stream taken in so far */
+	__u32 want;        /* hello: where the next item begins; head: where the Host value begins */
+	__u32 end;         /* hello: where the extensions end */
+	__u32 name_length;
+	__u32 name_have;   /* bytes of the name in `text` */
+	__u32 fresh;       /* head: bytes of this piece */
+	__u8 item;         /* hello: enum hello_item */
+	__u8 carried;      /* hello: bytes of the item that earlier pieces brought */
+	__u8 status;       /* enum reading */
+	__u8 ended;        /* head: its last line was seen */
+	__u8 tunnel;       /* head: the method is CONNECT */
+	__u8 pad[3];
+	__u8 carry[16];    /* hello: the item being read */
+	__u8 piece[CARRY + PIECE + 80]; /* head: the last bytes of the piece before, then this piece, then zeros */
+};
+
+#endif

@@ -1,0 +1,323 @@
+"""The composition root: the pipeline, in order. Also `ebfw check` and `ebfw detach`, which use the same parts.
+
+In: settings. Out: an exit status. Every stage is made here and handed what it needs; none reaches for another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+from exporter import __version__
+from exporter.decode import address, decode, transport
+from exporter.emit import prometheus
+from exporter.emit.console import Console
+from exporter.emit.metrics import Metrics
+from exporter.emit.otlp import Otlp
+from exporter.emit.redact import Options, redact
+from exporter.emit.resource import Resources
+from exporter.enrich import ContainerNames, Names, Workloads, find_root, root_problem
+from exporter.errors import SettingsError
+from exporter.events import Counts, Event, Flow
+from exporter.health import losses
+from exporter.join import Join
+from exporter.kernel import maps, pins, preflight, wire
+from exporter.kernel.probes import Kernel
+from exporter.kernel.tls_libraries import TlsLibraries
+from exporter.settings import Settings
+
+log = logging.getLogger("ebfw")
+
+TICK = 0.02  # the ring is drained so often; nobody wakes us but a ring that fills
+FOLD_SECONDS = 2.0  # counters are read
+HOUSEKEEPING_SECONDS = 5.0
+IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slot back
+
+
+def run(settings: Settings) -> int:
+    """Watch until SIGINT or SIGTERM."""
+    root = find_root()
+    cgroup = scope_of(settings, root)
+    kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
+    resources = Resources(platform.node(), settings.node_name, __version__, settings.otel)
+    metrics = Metrics(resources)
+    server = serve_metrics(settings, metrics)
+    try:
+        started = time.monotonic()
+        kernel.attach(settings.exclude_cidrs, settings.exclude_suffixes)
+        log.info(
+            "attached to %s in %.2f s (%s)",
+            cgroup,
+            time.monotonic() - started,
+            "adopted" if kernel.adopted_programs else "counters adopted" if kernel.adopted_maps else "new",
+        )
+        pipeline = Pipeline(settings, root, kernel, resources, metrics)
+        try:
+            pipeline.run()
+        finally:
+            pipeline.close()
+    finally:
+        kernel.close(unpin=not settings.persist)
+        if server is not None:
+            server.close()
+    return 0
+
+
+class Pipeline:
+    """Ring -> decode -> join (who, name) -> redact -> metrics, console, OTLP; counters -> metrics."""
+
+    def __init__(
+        self, settings: Settings, root: Path, kernel: Kernel, resources: Resources, metrics: Metrics
+    ) -> None:
+        self.kernel, self.metrics = kernel, metrics
+        self.clock = Clock()
+        self.containers = ContainerNames()
+        self.workloads = Workloads(root, self.containers)
+        self.workloads.scan()
+        self.names = Names()
+        self.hidden = HiddenNames(settings.exclude_suffixes)
+        self.join = Join(self.workloads.lookup, self.names, kernel.names.get, self.hidden, self.clock.wall)
+        self.redaction = Options.of(settings)
+        self.console = Console(sys.stdout, settings.output, settings.colour, settings.node_name)
+        self.otlp = Otlp(
+            settings.otel,
+            resources,
+            metrics,
+            version=__version__,
+            spans_per_second=settings.spans_per_second,
+            logs=settings.logs,
+        )
+        self.libraries = self._tls_libraries(settings, root)
+        self.alive = {workload.cgroup_id: workload for workload in self.workloads.live()}
+        self.stopping = False
+        self.looked_at: set[int] = set()
+        self.next_fold = self.next_housekeeping = 0.0
+        metrics.gauge("ebfw.build.info", 1, version=__version__, kernel=platform.release())
+
+    # --- the pipeline ---------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until a signal."""
+        self.otlp.start()
+        wake = select.epoll()
+        # Edge-triggered: with unread data a level-triggered wait would return at once, and spin.
+        wake.register(self.kernel.ring.fd, select.EPOLLIN | select.EPOLLET)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+        self.fold()
+        while not self.stopping:
+            wake.poll(TICK)
+            self.workloads.poll()
+            self.drain()
+            now = time.monotonic()
+            if now >= self.next_fold:
+                self.next_fold = now + FOLD_SECONDS
+                self.fold()
+            if now >= self.next_housekeeping:
+                self.next_housekeeping = now + HOUSEKEEPING_SECONDS
+                self.keep_house(now)
+        wake.close()
+        self.drain()
+        self.fold()
+
+    def drain(self) -> int:
+        """Take what the ring holds through the pipeline; how many records."""
+        records = self.kernel.ring.drain()
+        add, tell = self.join.add, self.tell
+        for data in records:
+            sighting = decode(data)
+            if sighting is None:
+                continue
+            event = add(sighting)
+            if event is not None:
+                tell(event)
+        for event in self.join.expire(time.monotonic_ns()):
+            tell(event)
+        return len(records)
+
+    def tell(self, event: Event) -> None:
+        """One event to every way out, its secrets hidden."""
+        self.metrics.observe(event)
+        if event.filtered:
+            return
+        if self.libraries is not None and event.pid and event.pid not in self.looked_at:
+            self._look_at(event.pid)
+        event = redact(event, self.redaction)
+        self.console.write(event)
+        self.otlp.emit(event)
+
+    def fold(self) -> None:
+        """Move by how much the kernel's counters moved into the metrics."""
+        now = time.monotonic()
+        for row in self.kernel.flow_table.read(now, self.clock.started):
+            self.metrics.add(self.flow(row.key), Counts._make(row.delta), self.clock.wall(row.since_ns))
+        for (stage, cause), total in self.kernel.tallies().items():
+            if stage == "filtered":
+                self.metrics.set_total("ebfw.filtered", total, kind=cause)
+            else:
+                losses.raise_to(stage, cause, total)  # type: ignore[arg-type]  # stages of wire.TALLIES
+
+    def flow(self, key: maps.FlowKey) -> Flow:
+        """A kernel row in words."""
+        who = self.workloads.lookup(key.cgroup)
+        peer = address(key.peer)
+        name, source = ("", "")
+        if key.kind == wire.FLOW_PEER and peer:
+            name, source = self.join.name(who, key.name, peer, time.monotonic_ns())
+        return Flow(
+            who,
+            wire.ROLES[key.role],
+            transport(key.transport),
+            peer,
+            key.port,
+            wire.SCOPES[key.scope],
+            name,
+            source,
+            filtered=key.kind == wire.FLOW_EXCLUDED,
+            other=key.kind == wire.FLOW_OTHER,
+        )
+
+    # --- beside it ------------------------------------------------------------------------------------------------
+
+    def keep_house(self, now: float) -> None:
+        """What is over is forgotten; what is new is found; the agent's own numbers."""
+        self.clock.set()
+        self.names.expire(time.monotonic_ns())
+        table = self.kernel.flow_table
+        if table.free_idle(now, IDLE_FLOW_SECONDS):
+            self.kernel.names.prune(table.names_in_use())
+        alive = {workload.cgroup_id: workload for workload in self.workloads.live()}
+        for cgroup_id in self.alive.keys() - alive.keys():
+            self.metrics.end(self.alive[cgroup_id])
+        self.alive = alive
+        self.metrics.expire()
+        if self.libraries is not None:
+            self.looked_at.clear()
+            self.libraries.scan()
+            self.metrics.gauge("ebfw.uprobe.attached", len(self.libraries))
+        for name, used, size in (
+            ("flows", len(table), table.flows),
+            ("names", len(self.names), 65_536),
+            ("joins", len(self.join), 9216),
+            ("cgroups", len(self.workloads), 16_384),
+            ("ring", int(self.kernel.ring.fill() * self.kernel.ring_bytes), self.kernel.ring_bytes),
+        ):
+            self.metrics.gauge("ebfw.table.used", used, table=name)
+            self.metrics.gauge("ebfw.table.size", size, table=name)
+
+    def _tls_libraries(self, settings: Settings, root: Path) -> TlsLibraries | None:
+        program = self.kernel.programs.get("ssl_write")
+        if not settings.uprobes or program is None:
+            return None
+        libraries = TlsLibraries(program, self.kernel.cgroup, everywhere=self.kernel.cgroup == root)
+        libraries.scan()
+        return libraries
+
+    def _look_at(self, pid: int) -> None:
+        """A process that we have not met: its TLS library may be one that has no probe yet."""
+        self.looked_at.add(pid)
+        if self.libraries is not None:
+            self.libraries.look_at(pid)
+
+    def _stop(self, *_: object) -> None:
+        self.stopping = True
+
+    def close(self) -> None:
+        """Stop the ways out, the last data first."""
+        if self.libraries is not None:
+            self.libraries.close()
+        self.otlp.shutdown()
+        self.console.close()
+        self.workloads.close()
+        self.containers.close()
+
+
+class Clock:
+    """From the kernel's clock (CLOCK_MONOTONIC) to wall time. The offset moves when the wall clock is set."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic_ns()
+        self.set()
+
+    def set(self) -> None:
+        """Read the offset again."""
+        self._offset = time.time_ns() - time.monotonic_ns()
+
+    def wall(self, monotonic: int) -> int:
+        """Nanoseconds since the epoch."""
+        return monotonic + self._offset
+
+
+class HiddenNames:
+    """Does `exclude.domainSuffixes` hide this name? Whole labels; a bounded cache."""
+
+    def __init__(self, suffixes: tuple[str, ...]) -> None:
+        self._suffixes = tuple(suffix.strip(".").lower() for suffix in suffixes)
+        self._cache: dict[str, bool] = {}
+
+    def __call__(self, name: str) -> bool:
+        hidden = self._cache.get(name)
+        if hidden is None:
+            if len(self._cache) >= 65_536:
+                self._cache.clear()
+            hidden = any(name == suffix or name.endswith("." + suffix) for suffix in self._suffixes)
+            self._cache[name] = hidden
+        return hidden
+
+
+def scope_of(settings: Settings, root: Path) -> Path:
+    """The cgroup subtree to watch: what is set, else the whole host."""
+    if settings.cgroup is None:
+        problem = root_problem(root)
+        if problem:
+            log.warning("%s", problem)
+        return root
+    cgroup = settings.cgroup
+    if not cgroup.is_dir():
+        raise SettingsError(f"cgroup: {cgroup} does not exist; cgroup2 is mounted at {root}")
+    if not (cgroup / "cgroup.procs").exists() or os.stat(cgroup).st_dev != os.stat(root).st_dev:
+        raise SettingsError(f"cgroup: {cgroup} is not in the cgroup2 tree, which is mounted at {root}")
+    return cgroup
+
+
+def serve_metrics(settings: Settings, metrics: Metrics) -> prometheus.Server | None:
+    """The /metrics server, before anything is attached: a taken port should cost nothing."""
+    if settings.metrics_addr is None:
+        return None
+    host, port = settings.metrics_addr
+    server = prometheus.serve(host, port, metrics)
+    log.info("metrics at http://%s:%d/metrics", host or "0.0.0.0", server.port)
+    return server
+
+
+def detach(settings: Settings) -> int:
+    """Remove everything that ebfw pinned: the break-glass."""
+    if settings.pin_path.is_dir() and pins.mounted_at(settings.pin_path) is not None:
+        lock = pins.Lock(settings.pin_path)
+        gone = pins.remove(settings.pin_path, lock.release)
+        print(f"removed {len(gone)} pinned objects from {settings.pin_path}")
+    else:
+        print(f"nothing is pinned at {settings.pin_path}")
+    return 0
+
+
+def check(settings: Settings) -> int:
+    """Say what this host allows, and the size of every map; 0 if the agent can run."""
+    root = find_root()
+    return preflight.report(
+        settings.cgroup,
+        root,
+        root_problem(root),
+        settings.pin_path,
+        settings.flows,
+        settings.ring_bytes,
+        sys.stdout,
+    )
+
+

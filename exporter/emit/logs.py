@@ -1,0 +1,191 @@
+"""Log records: what is worth a line, and what the line says.
+
+Comes in: events.Event, redacted. Goes out: Record values: an EventName without dynamic parts, the kernel's
+time, a severity by impact, flat attributes, a short text for people. Not its job: queues and encoding
+(otlp.py).
+
+By default only what is notable (D13): failures (but not cancelled connections), denials, and destinations
+that a workload had not talked to before. The same failure within a minute is one record at once and one with
+a count when the minute ends. `all` tells everything, without folding. Headers are never in a record (D8).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from exporter.emit import semconv as c
+from exporter.emit.spans import Attributes, Value, dns, error_type, failed, told, where
+from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, OK, TLS, Event
+from exporter.health import printable
+
+INFO, WARN = 9, 13  # SeverityNumber
+SEVERITY = {INFO: "INFO", WARN: "WARN"}
+
+WINDOW_SECONDS = 60.0
+_WINDOWS = 4096
+_SEEN = 65_536
+
+# The methods that the conventions know; anything else is `_OTHER`, with the original beside it.
+_METHODS = frozenset(
+    ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY")
+)
+
+_DESTINATIONS = frozenset((CONNECT, TLS, HTTP, HTTPS))
+_NAMES = {
+    CONNECT: c.EVENT_CONNECTION,
+    CLOSE: c.EVENT_CONNECTION,
+    DNS: c.EVENT_DNS,
+    TLS: c.EVENT_TLS,
+    HTTP: c.EVENT_HTTP,
+    HTTPS: c.EVENT_HTTP,
+}
+
+
+class Note(NamedTuple):
+    """An event that deserves a record. `repeats`: how often it happened again in the window that has just
+    ended."""
+
+    event: Event
+    first_seen: bool = False
+    repeats: int = 0
+
+
+class Record(NamedTuple):
+    name: str
+    time_ns: int
+    severity: int
+    body: str
+    attributes: Attributes
+
+
+class Notable:
+    """Decides. One thread calls it. `volume`: "notable" or "all". At most 65,536 destinations and 4,096
+    failures are remembered; a destination that was forgotten is told again."""
+
+    def __init__(self, volume: str = "notable", clock: Callable[[], float] = time.monotonic) -> None:
+        self._all = volume == "all"
+        self._clock = clock
+        # Two generations of hashes are an LRU that costs 6 MB when full; an OrderedDict would cost 20.
+        self._young: set[int] = set()
+        self._old: set[int] = set()
+        # failure -> [when its window ends, how often again, the last event]; in the order of their ends
+        self._windows: dict[tuple[object, ...], tuple[float, int, Event]] = {}
+
+    def of(self, event: Event) -> Note | None:
+        """The note for this event, or None where it needs none."""
+        if not told(event):
+            return None
+        kind, status = event.kind, event.status
+        first = kind in _DESTINATIONS and self._first_seen(event)
+        if self._all:
+            return Note(event, first)
+        if not status or status == OK or not failed(event):
+            return Note(event, True) if first else None
+        key = (event.workload.cgroup_id, event.kind, event.status, event.domain or event.dst, event.port)
+        window = self._windows.get(key)
+        if window is not None:
+            self._windows[key] = (window[0], window[1] + 1, event)
+            return None
+        self._windows[key] = (self._clock() + WINDOW_SECONDS, 0, event)
+        return Note(event, first)
+
+    def due(self, everything: bool = False) -> list[Note]:
+        """Notes for windows that ended with repeats. Call it about every second; `everything` at the end."""
+        notes = []
+        now = self._clock()
+        while self._windows:
+            key = next(iter(self._windows))
+            end, repeats, event = self._windows[key]
+            if end > now and not everything and len(self._windows) <= _WINDOWS:
+                break
+            del self._windows[key]
+            if repeats:
+                notes.append(Note(event, repeats=repeats))
+        return notes
+
+    def _first_seen(self, event: Event) -> bool:
+        w = event.workload
+        # By name where there is one: a container that restarts knows its destinations already.
+        who = (w.namespace, w.pod_name, w.container_name, w.name) if w.name or w.pod_name else w.cgroup_id
+        key = hash((who, event.domain or event.dst, event.port))
+        if key in self._young:
+            return False
+        known = key in self._old
+        if len(self._young) >= _SEEN // 2:
+            self._old, self._young = self._young, set()
+        self._young.add(key)
+        return not known
+
+
+def record(note: Note) -> Record:
+    """What the record says."""
+    event = note.event
+    error = error_type(event)
+    severity = WARN if failed(event) and error != "host_not_found" else INFO
+    found = where(event)
+    if event.kind == DNS:
+        found += dns(event)
+    elif event.kind in (HTTP, HTTPS):
+        found += _request(event)
+    elif event.kind == CLOSE:
+        found += _close(event)
+    elif event.kind == CONNECT and not error and event.transport == "tcp":
+        found.append((c.CONNECTION_STATE, "opened"))
+    if event.duration is not None and event.kind in (CONNECT, DNS):
+        found.append((c.DNS_DURATION if event.kind == DNS else c.CONNECT_DURATION, event.duration / 1e9))
+    if error:
+        found.append((c.ERROR_TYPE, error))
+    if event.cookie:
+        # Text: a cookie uses all 64 bits, an attribute's integer is signed.
+        found.append((c.CONNECTION_ID, f"{event.cookie:x}"))
+    if note.first_seen:
+        found.append((c.FIRST_SEEN, "true"))
+    if note.repeats:
+        found.append((c.REPEATS, note.repeats))
+    return Record(_NAMES[event.kind], event.time, severity, _body(note, error), tuple(found))
+
+
+def _request(event: Event) -> list[tuple[str, Value]]:
+    path, _, query = event.path.partition("?")
+    known = event.method in _METHODS
+    pairs: tuple[tuple[str, Value], ...] = (
+        (c.HTTP_METHOD, event.method if known or not event.method else "_OTHER"),
+        (c.HTTP_METHOD_ORIGINAL, "" if known else event.method),
+        (c.URL_SCHEME, event.kind),
+        (c.URL_PATH, path),
+        (c.URL_QUERY, query),
+    )
+    return [(key, value) for key, value in pairs if value]
+
+
+def _close(event: Event) -> list[tuple[str, Value]]:
+    found: list[tuple[str, Value]] = [(c.CONNECTION_STATE, "closed")]
+    if event.duration is not None:
+        found.append((c.CONNECTION_DURATION, event.duration / 1e9))
+    found.append((c.CONNECTION_SENT, event.tx_bytes))
+    found.append((c.CONNECTION_RECEIVED, event.rx_bytes))
+    found.append((c.CONNECTION_RETRANSMITS, event.retransmits))
+    if event.rtt is not None:
+        found.append((c.CONNECTION_RTT, event.rtt / 1e9))
+    return found
+
+
+def _body(note: Note, error: str) -> str:
+    event = note.event
+    who = printable(event.comm or event.workload.name or "?", space=True)
+    host = printable(event.domain or event.dst, space=True)
+    if event.kind == DNS:
+        text = f"{who} asked for {host} ({event.dns_type})"
+    elif event.kind in (HTTP, HTTPS):
+        text = f"{who} sent {printable(event.method)} {event.kind}://{host}{printable(event.path.partition('?')[0])}"
+    else:
+        verb = "closed" if event.kind == CLOSE else "to"
+        peer = f"[{host}]:{event.port}" if ":" in host else f"{host}:{event.port}"
+        text = f"{who} {verb} {peer}"
+    if error:
+        text += f": {error}"
+    if note.repeats:
+        text += f", {note.repeats} more times within {WINDOW_SECONDS:.0f} s"
+    return text

@@ -1,0 +1,121 @@
+"""The vocabulary: what the kernel saw, who did it, to whom. Plain values; no I/O, no policy, no BPF.
+
+All types are NamedTuples: on the hot path a named tuple costs half of a slotted dataclass and a fifth of a
+frozen one. Times are nanoseconds; wall-clock times count from the Unix epoch. Addresses are text in their
+canonical form (IPv4-mapped IPv6 is IPv4). Empty string or None means "not known", never "none".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Event kinds, as the seed names them; `close` is ours.
+CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS = "connect", "close", "dns", "tls", "http", "https"
+KINDS = (CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS)
+
+# Where a peer's name comes from, strongest first.
+HOST, SNI, DNS_ANSWER, ADDRESS = "host", "sni", "dns", "address"
+
+CLIENT, SERVER, UNKNOWN_ROLE = "client", "server", "unknown"
+
+# Why a connection failed. `cancelled` is not a failure in rates (a lost Happy-Eyeballs race).
+OK, REFUSED, TIMED_OUT, CANCELLED, UNREACHABLE, DENIED = (
+    "ok",
+    "refused",
+    "timed_out",
+    "cancelled",
+    "unreachable",
+    "denied",
+)
+FAILURES = (REFUSED, TIMED_OUT, CANCELLED, UNREACHABLE, DENIED)
+
+SCOPES = ("internet", "loopback", "private", "link_local")
+
+
+class Workload(NamedTuple):
+    """Who: the cgroup of the socket, read as a pod, a container, a unit or a session.
+
+    `kind` is one of pod, container, unit, session, host, unknown. `name` is what a person calls it and never
+    contains an id that changes with every start where something better is known. Only the fields that fit the
+    kind are set.
+    """
+
+    cgroup_id: int
+    path: str  # below the cgroup2 root, "/" for the root itself, "" when unknown
+    kind: str
+    name: str
+    pod_uid: str = ""
+    container_id: str = ""
+    runtime: str = ""  # containerd | cri-o | docker | podman
+    qos: str = ""  # guaranteed | burstable | besteffort
+    unit: str = ""  # systemd unit
+    user_id: int | None = None  # owner of a user session or a rootless container
+    pod_name: str = ""
+    namespace: str = ""
+    container_name: str = ""
+
+
+class Event(NamedTuple):
+    """One thing worth telling: it has happened, it is attributed, it has (where it can) a name and a duration."""
+
+    kind: str
+    time: int  # wall clock, when it began
+    workload: Workload
+    pid: int  # 0 where the process is not known
+    comm: str
+    transport: str  # tcp | udp | protocol number as text
+    role: str  # client | server | unknown; client = egress, what a workload started
+    src: str
+    src_port: int
+    dst: str  # what the application asked for, not what NAT made of it
+    port: int
+    scope: str  # one of SCOPES
+    domain: str  # the peer's name or, for kind dns, the name asked
+    name_source: str  # one of HOST, SNI, DNS_ANSWER, ADDRESS
+    status: str  # connect/close: OK or one of FAILURES; dns: rcode name or "timeout"; else ""
+    duration: int | None = None  # connect: handshake; close: lifetime; dns: query to answer
+    tx_bytes: int = 0  # close only, with the next four
+    rx_bytes: int = 0
+    retransmits: int = 0
+    rtt: int | None = None
+    dns_type: str = ""
+    answers: tuple[str, ...] = ()
+    method: str = ""
+    path: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    proxy: str = ""  # "address:port" of the HTTP proxy through which `domain` was asked for
+    cookie: int = 0  # the socket's; joins the events of one connection. 0 = no socket known (https)
+    filtered: bool = False  # matched `exclude`: counted, never narrated
+
+
+class Flow(NamedTuple):
+    """A row of the kernel's counters, read. One row per (workload, peer address, peer port, transport, name) for
+    clients, per (workload, local port, transport) for servers, per (workload, scope) for what `exclude` hides."""
+
+    workload: Workload
+    role: str
+    transport: str
+    peer: str  # "" on server, filtered and overflow rows
+    port: int  # the peer's; the local one on server rows
+    scope: str
+    name: str  # SNI, Host or learned DNS name; else the address
+    name_source: str
+    filtered: bool = False
+    other: bool = False  # what found no room, or was idle and was folded: `~other`
+
+
+class Counts(NamedTuple):
+    """What a flow's counters hold, or by how much they moved. Never negative."""
+
+    tx_bytes: int = 0
+    tx_packets: int = 0
+    rx_bytes: int = 0
+    rx_packets: int = 0
+    opened: int = 0
+    closed: int = 0
+    refused: int = 0
+    timed_out: int = 0
+    cancelled: int = 0
+    unreachable: int = 0
+    denied: int = 0
+    retransmits: int = 0

@@ -1,0 +1,86 @@
+"""Compiles bpf/ebfw.bpf.c, in a child process that exits: LLVM's 80 MB go with it. The only place that imports bcc.
+
+In: the C sources and nothing else. Out: for each entry function its instructions, in which a map is still a number
+(enum map_id). bcc creates no map and loads no program here, and reads no kernel headers: bpf/include stands in.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from exporter.errors import KernelError
+
+PROGRAMS = (
+    "ebfw_connect4",
+    "ebfw_connect6",
+    "ebfw_sendmsg4",
+    "ebfw_sendmsg6",
+    "ebfw_sockops",
+    "ebfw_egress",
+    "ebfw_ingress",
+    "ebfw_release",
+    "ebfw_ssl_write",
+)
+
+
+def source_folder() -> Path:
+    """bpf/: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent.parent
+    for folder in (here / "_bpf", here.parent / "bpf"):
+        if (folder / "ebfw.bpf.c").is_file():
+            return folder
+    raise KernelError("the BPF sources are missing; install ebfw again")
+
+
+def build_id() -> bytes:
+    """32 bytes that change when the sources do; pinned beside the programs, so that a new build replaces them."""
+    digest = hashlib.sha256(platform.machine().encode())
+    for path in sorted(source_folder().rglob("*.[ch]")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.digest()
+
+
+def compile_programs() -> dict[str, bytes]:
+    """Instructions by entry function, from a child process. Raises KernelError with the compiler's own words."""
+    child = subprocess.run(
+        [sys.executable, "-m", "exporter.kernel.build"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        check=False,
+    )
+    if child.returncode:
+        if "No module named 'bcc'" in child.stderr:
+            raise KernelError(
+                f"{sys.executable} cannot import bcc. Install the system package python3-bpfcc, and run ebfw from "
+                "a virtual environment over the system Python with --system-site-packages (`make` does both)."
+            )
+        lines = [line for line in child.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if "error:" in line] or lines[-3:]
+        raise KernelError("bcc could not compile the BPF programs: " + " | ".join(errors[:3]))
+    encoded = json.loads(child.stdout)
+    return {name: base64.b64decode(code) for name, code in encoded.items()}
+
+
+def _compile_here() -> dict[str, str]:
+    folder = source_folder()
+    os.environ["BCC_KERNEL_SOURCE"] = str(folder / "include")
+    from bcc import BPF  # type: ignore[import-not-found]  # a system package without type hints
+
+    flags = [f"-I{folder}", f"-DEBFW_ARCH_{platform.machine().upper()}", "-Wno-macro-redefined"]
+    module = BPF(text=(folder / "ebfw.bpf.c").read_text(), cflags=flags)
+    return {name: base64.b64encode(module.dump_func(name)).decode() for name in PROGRAMS}
+
+
+if __name__ == "__main__":
+    result = json.dumps(_compile_here())
+    sys.stdout.write(result)
+    sys.stdout.flush()
+    os._exit(0)  # bcc's own exit handlers look for tracefs and complain

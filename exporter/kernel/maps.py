@@ -1,0 +1,354 @@
+"""The maps: their sizes, and typed access to what they hold. bpf/maps.h says what each is for.
+
+In: descriptors of pinned maps. Out: flows with their counters, names, losses. Counters are read from mapped memory,
+without a system call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+from typing import NamedTuple
+
+from exporter.kernel import bpf, wire
+
+SPARE_SLOTS = 1024  # for ~other rows, one a workload
+
+# What made these pins: layout version, flows, ring bytes, padding, build id. Written last: without it pins are debris.
+STAMP = struct.Struct("<IIII32s")
+_COUNTS = struct.Struct("<12Q")
+
+
+class MapSpec(NamedTuple):
+    name: str
+    kind: int
+    key: int
+    value: int
+    entries: int
+    flags: int = 0
+
+
+def slots_of(flows: int) -> int:
+    """All slots: 0 (node-wide overflow), one a flow, and the spare ones."""
+    return flows + SPARE_SLOTS
+
+
+def specs(flows: int, ring_bytes: int) -> dict[str, MapSpec]:
+    """Every map by name, in the order of enum map_id. About 29 MiB at 65,536 flows and a 4 MiB ring; only
+    `tallies` grows with the number of CPUs, by 64 bytes each."""
+    size = ctypes.sizeof
+    slots = slots_of(flows)
+    table = (
+        MapSpec("settings", bpf.ARRAY, 4, size(wire.Settings), 1),
+        MapSpec("sockets", bpf.SK_STORAGE, 4, wire.SOCKET_SIZE, 0, bpf.NO_PREALLOC),
+        MapSpec("inspections", bpf.SK_STORAGE, 4, wire.INSPECTION_SIZE, 0, bpf.NO_PREALLOC),
+        MapSpec("flows", bpf.HASH, size(wire.FlowKey), size(wire.FlowRow), slots),
+        MapSpec("traffic", bpf.ARRAY, 4, size(wire.Traffic), slots * wire.STRIPES, bpf.MMAPABLE),
+        MapSpec("connections", bpf.ARRAY, 4, size(wire.Connections), slots, bpf.MMAPABLE),
+        MapSpec("free_slots", bpf.STACK, 0, 4, flows),
+        MapSpec("spare_slots", bpf.STACK, 0, 4, SPARE_SLOTS),
+        MapSpec("names", bpf.HASH, 8, wire.NAME_SIZE, 8192, bpf.NO_PREALLOC),
+        MapSpec("destinations", bpf.LPM_TRIE, size(wire.AddressKey), size(wire.Destination), 4096, bpf.NO_PREALLOC),
+        MapSpec("excluded_names", bpf.LPM_TRIE, size(wire.NameKey), 4, 1024, bpf.NO_PREALLOC),
+        MapSpec("tallies", bpf.PERCPU_ARRAY, 4, 8, len(wire.TALLIES)),
+        MapSpec("scope", bpf.CGROUP_ARRAY, 4, 4, 1),
+        MapSpec("records", bpf.RINGBUF, 0, 0, ring_bytes),
+    )
+    assert tuple(spec.name for spec in table) == wire.MAP_IDS
+    own = (  # no program uses these: the agent's memory beyond its own life
+        MapSpec("folded", bpf.HASH, size(wire.FlowKey), _COUNTS.size, SPARE_SLOTS, bpf.NO_PREALLOC),
+        MapSpec("stamp", bpf.ARRAY, 4, STAMP.size, 1),
+    )
+    return {spec.name: spec for spec in (*table, *own)}
+
+
+def create(spec: MapSpec) -> int:
+    """The new map's descriptor."""
+    if spec.kind != bpf.SK_STORAGE:
+        return bpf.map_create(spec.kind, spec.key, spec.value, spec.entries, spec.flags, spec.name)
+    btf = bpf.btf_for_storage(spec.value)
+    try:
+        return bpf.map_create(spec.kind, spec.key, spec.value, 0, spec.flags, spec.name, (btf, 1, 3))
+    finally:
+        os.close(btf)
+
+
+def mapped(fd: int, length: int) -> mmap.mmap:
+    page = mmap.PAGESIZE
+    return mmap.mmap(fd, (length + page - 1) // page * page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+class FlowKey(NamedTuple):
+    """struct flow_key. `role` and `kind` are numbers as in wire.h, `peer` is 16 bytes."""
+
+    cgroup: int
+    name: int
+    peer: bytes
+    port: int
+    transport: int
+    role: int
+    scope: int
+    kind: int
+    pad: int
+
+
+class Row(NamedTuple):
+    """A flow that moved: its key, since when it counts (CLOCK_MONOTONIC ns), by how much its counters moved, in the
+    order of struct traffic (four) and struct connections (eight)."""
+
+    key: FlowKey
+    since_ns: int
+    delta: tuple[int, ...]
+
+
+_TRAFFIC = struct.Struct("<QQQQII")
+_CONNECTIONS = struct.Struct("<8Q")
+_ZERO = (0,) * 12
+_BLOCK = 256  # slots compared at once
+
+
+class _Live:
+    """A slot that a flow has."""
+
+    __slots__ = ("generation", "key", "moved", "since", "totals")
+
+    def __init__(self, key: FlowKey, generation: int, since: int, now: float) -> None:
+        self.key, self.generation, self.since, self.moved = key, generation, since, now
+        self.totals: tuple[int, ...] = _ZERO
+
+
+class FlowTable:
+    """The kernel's counters, read as deltas; frees the slots of flows that went idle.
+
+    A slot is freed in two steps, so that no packet is lost or counted twice: its row is deleted and its generation
+    raised, after which every socket looks its flow up anew; what the slot holds a grace period later is final. It
+    goes to the workload's ~other total, which is pinned too: no total ever falls, not even over a restart.
+    """
+
+    def __init__(self, fds: dict[str, int], flows: int) -> None:
+        self._fds = fds
+        self.flows, self._slots = flows, slots_of(flows)
+        self._traffic = mapped(fds["traffic"], self._slots * wire.STRIPES * _TRAFFIC.size)
+        self._connections = mapped(fds["connections"], self._slots * _CONNECTIONS.size)
+        self._reader = bpf.BatchReader(fds["flows"], wire.FLOW_KEY.size, wire.FLOW_ROW.size)
+        self._live: dict[int, _Live] = {0: _Live(FlowKey(0, 0, bytes(16), 0, 0, 0, 0, wire.FLOW_OTHER, 0), 0, 0, 0.0)}
+        self._leaving: dict[int, _Live] = {}
+        self._before: list[bytes] = []
+        self.first_read = True
+
+    def __len__(self) -> int:
+        return len(self._live) - 1
+
+    def read(self, now: float, since_start: int) -> list[Row]:
+        """The rows that moved since the last read; the first time, all of them with all that they hold.
+
+        `now`: seconds, any monotonic clock. `since_start`: CLOCK_MONOTONIC ns that the node-wide row counts from."""
+        rows: list[Row] = []
+        self._live[0].since = self._live[0].since or since_start
+        self._finish_leaving(rows)
+        self._discover(now)
+        if self.first_read:
+            self.first_read = False
+            self._take_folded(rows, since_start)
+        for slot in self._changed_slots():
+            live = self._live.get(slot)
+            if live is not None:
+                self._read_slot(slot, live, now, rows)
+        return rows
+
+    def _discover(self, now: float) -> None:
+        """New rows, and rows that have taken a slot over."""
+        live, key_size = self._live, wire.FLOW_KEY.size
+        unpack_key = wire.FLOW_KEY.unpack_from
+        seen = 1
+        for keys, values, count in self._reader.chunks():
+            seen += count
+            for index, (slot, generation, since) in enumerate(
+                wire.FLOW_ROW.iter_unpack(values[: count * wire.FLOW_ROW.size])
+            ):
+                known = live.get(slot)
+                if known is None or known.generation != generation:
+                    live[slot] = _Live(FlowKey._make(unpack_key(keys, index * key_size)), generation, since, now)
+                    self._before = []  # whatever the slot holds is new to us
+
+    def _changed_slots(self) -> list[int]:
+        """Slots in blocks of memory that differ from the last read. Only slots up to the highest in use are
+        touched: untouched pages of a mapped array cost no memory."""
+        top = max(self._live) + 1
+        slots, size = self._slots, _TRAFFIC.size
+        now = [
+            self._traffic[stripe * slots * size : (stripe * slots + top) * size] for stripe in range(wire.STRIPES)
+        ]
+        now.append(self._connections[: top * _CONNECTIONS.size])
+        before, self._before = self._before, now
+        self._now = now
+        if [len(part) for part in before] != [len(part) for part in now]:
+            return list(range(top))
+        changed: list[int] = []
+        for first in range(0, top, _BLOCK):
+            after = min(first + _BLOCK, top)
+            for old, new in zip(before, now, strict=True):
+                width = _CONNECTIONS.size if new is now[-1] else size
+                if old[first * width : after * width] != new[first * width : after * width]:
+                    changed.extend(range(first, after))
+                    break
+        return changed
+
+    def _totals(self, parts: list[bytes], slot: int) -> tuple[int, ...]:
+        tx = tx_packets = rx = rx_packets = 0
+        at = slot * _TRAFFIC.size
+        for part in parts[:-1]:
+            a, b, c, d, _, _ = _TRAFFIC.unpack_from(part, at)
+            tx += a
+            tx_packets += b
+            rx += c
+            rx_packets += d
+        return (tx, tx_packets, rx, rx_packets, *_CONNECTIONS.unpack_from(parts[-1], slot * _CONNECTIONS.size))
+
+    def _read_slot(self, slot: int, live: _Live, now: float, rows: list[Row]) -> None:
+        totals = self._totals(self._now, slot)
+        if totals == live.totals:
+            return
+        rows.append(Row(live.key, live.since, tuple(map(int.__sub__, totals, live.totals))))
+        live.totals = totals
+        live.moved = now
+
+    def names_in_use(self) -> set[int]:
+        """Ids of the names that flows carry."""
+        return {live.key.name for live in (*self._live.values(), *self._leaving.values()) if live.key.name}
+
+    # --- freeing --------------------------------------------------------------------------------------------------
+
+    def free_idle(self, now: float, idle_seconds: float, most: int = 2000) -> int:
+        """Begin to free flows that have not moved for so long; how many. Their sockets may still be open: the next
+        packet finds the flow a slot again."""
+        begun = 0
+        for slot, live in list(self._live.items()):
+            if begun == most:
+                break
+            if slot == 0 or slot > self.flows or now - live.moved < idle_seconds or slot in self._leaving:
+                continue
+            bpf.map_delete(self._fds["flows"], wire.FLOW_KEY.pack(*live.key))
+            self._raise_generation(slot)
+            self._leaving[slot] = live
+            del self._live[slot]
+            begun += 1
+        return begun
+
+    def _raise_generation(self, slot: int) -> None:
+        for stripe in range(wire.STRIPES):
+            at = (stripe * self._slots + slot) * _TRAFFIC.size + 32
+            (generation,) = struct.unpack_from("<I", self._traffic, at)
+            struct.pack_into("<I", self._traffic, at, (generation + 1) & 0xFFFFFFFF)
+
+    def _finish_leaving(self, rows: list[Row]) -> None:
+        for slot, live in self._leaving.items():
+            self._retire(slot, live, rows)
+        self._leaving.clear()
+
+    def _retire(self, slot: int, live: _Live, rows: list[Row]) -> None:
+        size, slots = _TRAFFIC.size, self._slots
+        parts = [
+            self._traffic[(stripe * slots + slot) * size : (stripe * slots + slot + 1) * size]
+            for stripe in range(wire.STRIPES)
+        ]
+        parts.append(self._connections[slot * _CONNECTIONS.size : (slot + 1) * _CONNECTIONS.size])
+        totals = self._totals(parts, 0)
+        if totals != live.totals:
+            rows.append(Row(live.key, live.since, tuple(map(int.__sub__, totals, live.totals))))
+        self._fold(live.key, totals)
+        for stripe in range(wire.STRIPES):
+            at = (stripe * slots + slot) * size
+            self._traffic[at : at + 32] = bytes(32)
+        self._connections[slot * _CONNECTIONS.size : (slot + 1) * _CONNECTIONS.size] = bytes(_CONNECTIONS.size)
+        struct.pack_into("<I", self._traffic, slot * size + 36, 0)  # not taken
+        bpf.map_update(self._fds["free_slots"], b"", struct.pack("<I", slot))
+
+    def _fold(self, key: FlowKey, totals: tuple[int, ...]) -> None:
+        packed = wire.FLOW_KEY.pack(key.cgroup, 0, bytes(16), 0, key.transport, key.role, 0, wire.FLOW_OTHER, 0)
+        old = bpf.map_lookup(self._fds["folded"], packed, _COUNTS.size)
+        values = _COUNTS.unpack(old) if old else _ZERO
+        try:
+            bpf.map_update(self._fds["folded"], packed, _COUNTS.pack(*map(int.__add__, values, totals)))
+        except OSError:
+            # More workloads than the table holds have come and gone: the node's row takes it.
+            node = wire.FLOW_KEY.pack(0, 0, bytes(16), 0, 0, 0, 0, wire.FLOW_OTHER, 0)
+            old = bpf.map_lookup(self._fds["folded"], node, _COUNTS.size)
+            values = _COUNTS.unpack(old) if old else _ZERO
+            bpf.map_update(self._fds["folded"], node, _COUNTS.pack(*map(int.__add__, values, totals)))
+
+    def _take_folded(self, rows: list[Row], since: int) -> None:
+        """After a restart: what was folded before counts on."""
+        for raw in bpf.map_keys(self._fds["folded"], wire.FLOW_KEY.size):
+            value = bpf.map_lookup(self._fds["folded"], raw, _COUNTS.size)
+            if value:
+                rows.append(Row(FlowKey._make(wire.FLOW_KEY.unpack(raw)), since, _COUNTS.unpack(value)))
+
+    def recover(self) -> int:
+        """After an agent was killed while it freed: slots that are taken and have no row. How many were freed."""
+        used = {0}
+        for _, values, count in self._reader.chunks():
+            used.update(row[0] for row in wire.FLOW_ROW.iter_unpack(values[: count * wire.FLOW_ROW.size]))
+        orphans = [
+            slot
+            for slot in range(1, self.flows + 1)
+            if slot not in used and struct.unpack_from("<I", self._traffic, slot * _TRAFFIC.size + 36)[0]
+        ]
+        nobody = FlowKey(0, 0, bytes(16), 0, 0, 0, 0, wire.FLOW_OTHER, 0)
+        for slot in orphans:
+            self._raise_generation(slot)
+            self._leaving[slot] = _Live(nobody, 0, 0, 0.0)
+        return len(orphans)
+
+    def close(self) -> None:
+        self._traffic.close()
+        self._connections.close()
+
+
+class NameTable:
+    """Names by id, as the kernel saved them. Bounded like the kernel's table."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._names: dict[int, str] = {}
+
+    def get(self, identity: int) -> str:
+        """The name, "" for id 0 and for one that found no room."""
+        name = self._names.get(identity)
+        if name is None:
+            if not identity:
+                return ""
+            raw = bpf.map_lookup(self._fd, struct.pack("<Q", identity), wire.NAME_SIZE)
+            name = forwards(raw) if raw else ""
+            if len(self._names) >= 65_536:
+                self._names.clear()
+            self._names[identity] = name
+        return name
+
+    def prune(self, used: set[int]) -> int:
+        """Delete the names that no flow carries; how many. Call it when flows were freed."""
+        gone = 0
+        for key in list(bpf.map_keys(self._fd, 8)):
+            (identity,) = struct.unpack("<Q", key)
+            if identity not in used:
+                gone += bpf.map_delete(self._fd, key)
+                self._names.pop(identity, None)
+        return gone
+
+
+def forwards(reversed_name: bytes) -> str:
+    """ "moc.elpmaxe." and zeros -> "example.com"."""
+    return reversed_name.split(b"\0", 1)[0].rstrip(b".")[::-1].decode("ascii", "backslashreplace")
+
+
+def read_tallies(fd: int) -> list[int]:
+    """Sums over all possible CPUs, in the order of enum tally."""
+    with open("/sys/devices/system/cpu/possible", encoding="ascii") as text:
+        cpus = int(text.read().strip().replace(",", "-").split("-")[-1]) + 1
+    totals = []
+    for index in range(len(wire.TALLIES)):
+        raw = bpf.map_lookup(fd, struct.pack("<I", index), 8 * cpus) or bytes(8)
+        totals.append(sum(value for (value,) in struct.iter_unpack("<Q", raw)))
+    return totals

@@ -1,0 +1,116 @@
+"""Where pinned objects live: finds or mounts a bpffs, and takes everything away again.
+
+bpffs is often not mounted outside systemd hosts. Then ebfw mounts one, and whoever removes the last pin unmounts it:
+the agent at a clean exit, or `ebfw detach`. A mount that ebfw did not make is left alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from exporter.errors import NotPermitted, PinError
+from exporter.kernel import bpf
+
+_SYSTEM = Path("/sys/fs/bpf")
+_MARK = "ebfw-mounted"  # a folder in /sys/fs/bpf: we mounted it
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _mounts() -> dict[str, str]:
+    """Mount point -> file system type; the last mount on a point is the one in force."""
+    found = {}
+    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as text:
+        for line in text:
+            _, point, kind = line.split(" ")[:3]
+            found[point.encode().decode("unicode_escape")] = kind
+    return found
+
+
+def mounted_at(path: Path) -> Path | None:
+    """The mount point of the bpffs that holds the path; None where it would not lie on a bpffs."""
+    mounts = _mounts()
+    for folder in (path, *path.parents):
+        kind = mounts.get(str(folder))
+        if kind is not None:
+            return folder if kind == "bpf" else None
+    return None
+
+
+def _mount(target: Path) -> None:
+    if _libc.mount(b"bpf", os.fsencode(target), b"bpf", 0, b"mode=0700") < 0:
+        error = OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        raise bpf.why(error, f"mounting a BPF file system on {target}")
+
+
+def prepare(path: Path) -> None:
+    """Make sure that `path` is a folder on a bpffs."""
+    try:
+        if mounted_at(path) is None:
+            if _SYSTEM in path.parents and _SYSTEM.is_dir():
+                _mount(_SYSTEM)
+                (_SYSTEM / _MARK).mkdir()
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                _mount(path)
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except PermissionError as error:
+        raise NotPermitted(f"cannot make {path}: {error.strerror}. Run as root, or set EBFW_BPF_PIN_PATH.") from None
+    except OSError as error:
+        raise PinError(f"cannot use {path} for pins: {error.strerror}. Set EBFW_BPF_PIN_PATH to another path.") from None
+
+
+class Lock:
+    """One agent a pin path: held as long as the process lives."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise PinError(
+                f"another ebfw runs with the pin path {path}. Stop it first, or set EBFW_BPF_PIN_PATH to another path."
+            ) from None
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+def remove(path: Path, before_unmount: Callable[[], None] = lambda: None) -> list[str]:
+    """Detach every link below the path, remove every pin, and unmount what ebfw mounted. The names of what went.
+
+    `before_unmount` lets go of descriptors on the file system, which would keep it busy."""
+    gone: list[str] = []
+    point = mounted_at(path)
+    if point is None or not path.is_dir():
+        return gone
+    for entry in sorted(path.iterdir(), key=lambda entry: not entry.name.startswith("link_")):
+        if entry.name.startswith("link_"):
+            try:
+                link = bpf.get_pinned(str(entry))
+                try:
+                    bpf.link_detach(link)
+                finally:
+                    os.close(link)
+            except OSError:
+                pass  # removing the last pin of a link detaches it too
+        entry.unlink()
+        gone.append(entry.name)
+    before_unmount()
+    if point == path:
+        _unmount(path)
+    path.rmdir()
+    if point == _SYSTEM and [entry.name for entry in _SYSTEM.iterdir()] == [_MARK]:
+        (_SYSTEM / _MARK).rmdir()
+        _unmount(_SYSTEM)
+    return gone
+
+
+def _unmount(path: Path) -> None:
+    if _libc.umount2(os.fsencode(path), 0) < 0:
+        error = OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        raise bpf.why(error, f"unmounting {path}")

@@ -1,0 +1,177 @@
+"""bpf/wire.h in ctypes, and the constants of the kernel side. tests/unit/test_wire.py holds the two together.
+
+Only what Python reads or writes field by field is mirrored; of struct socket and struct inspection, which only the
+kernel reads, the size is.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import struct
+
+LAYOUT_VERSION = 1
+STRIPES = 4
+NAME_SIZE = 256
+NAME_FROM_SNI, NAME_FROM_HOST = 1, 2
+
+MAP_IDS = (
+    "settings",
+    "sockets",
+    "inspections",
+    "flows",
+    "traffic",
+    "connections",
+    "free_slots",
+    "spare_slots",
+    "names",
+    "destinations",
+    "excluded_names",
+    "tallies",
+    "scope",
+    "records",
+)  # enum map_id, from 1
+
+ROLES = ("unknown", "client", "server")
+SCOPES = ("internet", "loopback", "private", "link_local")
+FLOW_PEER, FLOW_INBOUND, FLOW_EXCLUDED, FLOW_OTHER = range(4)
+
+# enum tally -> (stage, cause) of a loss, or the kind of what `exclude` hid
+TALLIES = (
+    ("ring", "full"),
+    ("table", "flows_full"),
+    ("table", "flows_overflow"),
+    ("table", "names_full"),
+    ("table", "sockets"),
+    ("decode", "client_hello"),
+    ("filtered", "connect"),
+    ("filtered", "close"),
+    ("filtered", "tls"),
+)
+
+(
+    RECORD_OPENED,
+    RECORD_FAILED,
+    RECORD_CLOSED,
+    RECORD_DNS_QUERY,
+    RECORD_DNS_ANSWER,
+    RECORD_HELLO,
+    RECORD_HEAD,
+    RECORD_TLS_WRITE,
+) = range(1, 9)
+
+OUTCOMES = ("", "ok", "refused", "timed_out", "cancelled", "unreachable", "denied", "reset")
+
+RECORD_TRUNCATED, RECORD_PROXIED, RECORD_HEAD_END = 1, 2, 4
+
+Address = c.c_uint8 * 16
+
+
+class FlowKey(c.Structure):
+    _fields_ = (
+        ("cgroup", c.c_uint64),
+        ("name", c.c_uint64),
+        ("peer", Address),
+        ("port", c.c_uint16),
+        ("transport", c.c_uint8),
+        ("role", c.c_uint8),
+        ("scope", c.c_uint8),
+        ("kind", c.c_uint8),
+        ("pad", c.c_uint16),
+    )
+
+
+class FlowRow(c.Structure):
+    _fields_ = (("slot", c.c_uint32), ("generation", c.c_uint32), ("since_ns", c.c_uint64))
+
+
+class Traffic(c.Structure):
+    _fields_ = (
+        ("tx_bytes", c.c_uint64),
+        ("tx_packets", c.c_uint64),
+        ("rx_bytes", c.c_uint64),
+        ("rx_packets", c.c_uint64),
+        ("generation", c.c_uint32),
+        ("taken", c.c_uint32),
+    )
+
+
+class Connections(c.Structure):
+    _fields_ = (
+        ("opened", c.c_uint64),
+        ("closed", c.c_uint64),
+        ("refused", c.c_uint64),
+        ("timed_out", c.c_uint64),
+        ("cancelled", c.c_uint64),
+        ("unreachable", c.c_uint64),
+        ("denied", c.c_uint64),
+        ("retransmits", c.c_uint64),
+    )
+
+
+class NameKey(c.Structure):
+    _fields_ = (("prefix_bits", c.c_uint32), ("reversed", c.c_uint8 * NAME_SIZE))
+
+
+class AddressKey(c.Structure):
+    _fields_ = (("prefix_bits", c.c_uint32), ("address", Address))
+
+
+class Destination(c.Structure):
+    _fields_ = (("scope", c.c_uint8), ("excluded", c.c_uint8), ("pad", c.c_uint16))
+
+
+class Settings(c.Structure):
+    _fields_ = (("slots", c.c_uint32), ("wakeup_bytes", c.c_uint32), ("zero", c.c_uint32), ("pad", c.c_uint32))
+
+
+class Record(c.Structure):
+    _fields_ = (
+        ("time_ns", c.c_uint64),
+        ("cgroup", c.c_uint64),
+        ("cookie", c.c_uint64),
+        ("name", c.c_uint64),
+        ("local", Address),
+        ("peer", Address),
+        ("comm", Address),
+        ("pid", c.c_uint32),
+        ("local_port", c.c_uint16),
+        ("peer_port", c.c_uint16),
+        ("kind", c.c_uint8),
+        ("transport", c.c_uint8),
+        ("role", c.c_uint8),
+        ("scope", c.c_uint8),
+        ("outcome", c.c_uint8),
+        ("flags", c.c_uint8),
+        ("length", c.c_uint16),
+        ("duration_ns", c.c_uint64),
+        ("tx_bytes", c.c_uint64),
+        ("rx_bytes", c.c_uint64),
+        ("retransmits", c.c_uint32),
+        ("rtt_us", c.c_uint32),
+        ("offset", c.c_uint32),
+        ("pad", c.c_uint32),
+    )
+
+
+STRUCTS: dict[str, type[c.Structure]] = {
+    "flow_key": FlowKey,
+    "flow_row": FlowRow,
+    "traffic": Traffic,
+    "connections": Connections,
+    "name_key": NameKey,
+    "address_key": AddressKey,
+    "destination": Destination,
+    "settings": Settings,
+    "record": Record,
+}
+
+# For the hot path: one call for all fields, in the order of struct record.
+RECORD = struct.Struct("<QQQQ16s16s16sIHHBBBBBBHQQQIIII")
+FLOW_KEY = struct.Struct("<QQ16sHBBBBH")
+FLOW_ROW = struct.Struct("<IIQ")
+assert RECORD.size == c.sizeof(Record)
+assert FLOW_KEY.size == c.sizeof(FlowKey)
+assert FLOW_ROW.size == c.sizeof(FlowRow)
+
+SOCKET_SIZE = 144
+INSPECTION_SIZE = 1236

@@ -1,0 +1,389 @@
+"""Parsers for what applications put on the wire: an HTTP/1 request head, a DNS message.
+
+In: captured bytes, possibly cut off, possibly hostile. Out: a small named tuple, or None for "this is not
+one". Pure functions; work is bounded by the length of the input; they never raise. Not their job: redaction
+(emit.redact), matching a query with its answer (join), ClientHellos (the kernel side walks those).
+
+Sources: RFC 9112 sections 2-5 (HTTP/1.1 messages), RFC 9110 section 4.2 (URIs), RFC 1035 section 4 (DNS
+messages), RFC 3596 (AAAA), RFC 9460 (SVCB, HTTPS), RFC 2782 (SRV), RFC 6895 (codes)."""
+
+from __future__ import annotations
+
+import re
+import struct
+from socket import AF_INET6, inet_ntoa, inet_ntop
+from typing import NamedTuple
+
+# --- HTTP ---------------------------------------------------------------------------------------------------
+
+ORIGIN, ABSOLUTE, AUTHORITY, ASTERISK = "origin", "absolute", "authority", "asterisk"
+
+MAX_HEADERS = 64
+_MAX_LINE_BREAKS = 4
+
+# While the version is cut off, only a method that we know tells a request from any other text.
+_METHODS = re.compile(
+    "GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PROPFIND|PROPPATCH|MKCOL|COPY|MOVE|LOCK|UNLOCK|SEARCH"
+    "|REPORT|PURGE|LINK|UNLINK|MKCALENDAR|MKACTIVITY|CHECKOUT|MERGE|NOTIFY|SUBSCRIBE|UNSUBSCRIBE"
+)
+_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
+_VERSION = re.compile(r" HTTP/1\.([0-9]) *\Z")
+_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*\Z", re.DOTALL)
+_ABSOLUTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(?:\?([^#]*))?")
+_AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._~!$&'()*+,;=%-]+))(?::([0-9]{0,5}))?")
+
+
+class Request(NamedTuple):
+    """The head of an HTTP/1 request.
+
+    `host` is whom the request is for: from the target where that names one (absolute, authority), else from
+    Host; lower case, no port, no brackets, no user info, no trailing dot; "" where missing, invalid or
+    contradictory. `port` is None where it was not written (or absurd). `proxied` means that whoever gets the
+    bytes is a proxy for `host`. `path` and `query` are as sent, `query` without the "?"; "*" is a path.
+    `truncated`: bytes are missing before the head ends, so headers may be; `complete_line`: the request line
+    is not cut off."""
+
+    method: str
+    form: str
+    path: str
+    query: str
+    host: str
+    port: int | None
+    headers: tuple[tuple[str, str], ...]
+    version: str
+    proxied: bool
+    truncated: bool
+    complete_line: bool
+
+
+def parse_request(data: bytes) -> Request | None:
+    """Read an HTTP/1 request head from the start of `data`; None where it is not one (HTTP/2 prefaces are
+    not).
+
+    Lenient where servers are: empty lines first, bare LF, blanks inside the target, unknown methods when the
+    version is there. Field lines that break RFC 9112 section 5 are skipped, folded ones joined."""
+    start = 0
+    while start < len(data) and start < _MAX_LINE_BREAKS and data[start] in b"\r\n":
+        start += 1
+    end = data.find(b"\n", start)
+    cut = end < 0
+    line = (data[start:] if cut else data[start:end]).decode("utf-8", "replace").rstrip("\r")
+
+    method, blank, target = line.partition(" ")
+    if not blank or not _METHOD.fullmatch(method):
+        return None
+    version = ""
+    match = _VERSION.search(target)
+    if match:
+        version = "1." + match[1]
+        target = target[: match.start()]
+    elif not cut or not _METHODS.fullmatch(method):
+        return None
+    if not target or (method == "PRI" and target == "*"):
+        return None
+
+    form, host, port, path, query = _target(method, target)
+    if not form:
+        return None
+    headers: tuple[tuple[str, str], ...] = ()
+    truncated = True
+    if not cut:
+        headers, truncated = _fields(data, end + 1)
+    if form in (ORIGIN, ASTERISK):
+        host, port = _host_field(headers)
+    elif not match:
+        # The authority may go on where the capture ends: half a name is worse than none.
+        authority_ends = form == ABSOLUTE and (path or query)
+        host, port = (host, port) if authority_ends else ("", None)
+    return Request(
+        method,
+        form,
+        path,
+        query,
+        host,
+        port,
+        headers,
+        version,
+        form in (ABSOLUTE, AUTHORITY),
+        truncated,
+        match is not None,
+    )
+
+
+def _target(method: str, target: str) -> tuple[str, str, int | None, str, str]:
+    """(form, host, port, path, query) of a request target, RFC 9112 section 3.2; form "" where it is none."""
+    if method == "CONNECT":
+        host, port = split_authority(target)
+        return (AUTHORITY, host, port, "", "") if host else ("", "", None, "", "")
+    if target[0] == "/":
+        path, _, query = target.partition("?")
+        return ORIGIN, "", None, path, query
+    if target == "*":
+        return ASTERISK, "", None, "*", ""
+    match = _ABSOLUTE.match(target)
+    if not match:
+        return "", "", None, "", ""
+    host, port = split_authority(match[2])
+    return ABSOLUTE, host, port, match[3], match[4] or ""
+
+
+def split_authority(text: str) -> tuple[str, int | None]:
+    """`host`, `host:port`, `[v6]:port`, with or without user info, to (host, port); ("", None) where
+    invalid."""
+    match = _AUTHORITY.fullmatch(text.rpartition("@")[2].strip())
+    if not match:
+        return "", None
+    host = (match[1] or match[2]).lower()
+    if host.endswith("."):
+        host = host[:-1]
+    port = int(match[3]) if match[3] else None
+    if len(host) > 253 or (port is not None and not 0 < port < 65536):
+        return "", None
+    return host, port
+
+
+def _host_field(headers: tuple[tuple[str, str], ...]) -> tuple[str, int | None]:
+    """Host as sent. Two that differ are a smuggling attempt (RFC 9112 section 3.2): evidence for neither."""
+    hosts = {value for name, value in headers if name.lower() == "host"}
+    return split_authority(hosts.pop()) if len(hosts) == 1 else ("", None)
+
+
+def _fields(data: bytes, start: int) -> tuple[tuple[tuple[str, str], ...], bool]:
+    """The field lines from `start` to the empty line, and whether that line is missing (so fields may be)."""
+    fields: list[tuple[str, str]] = []
+    while True:
+        end = data.find(b"\n", start)
+        if end < 0:
+            # The rest is a line without an end: half a value is worse than none.
+            return tuple(fields), True
+        line = data[start:end].decode("utf-8", "replace")
+        if line.endswith("\r"):
+            line = line[:-1]
+        start = end + 1
+        if not line:
+            return tuple(fields), False
+        if line[0] in " \t":
+            if fields:
+                name, value = fields[-1]
+                fields[-1] = name, f"{value} {line.strip()}".strip()
+        elif match := _HEADER.match(line):
+            if len(fields) >= MAX_HEADERS:
+                return tuple(fields), True
+            fields.append((match[1], match[2]))
+
+
+# --- DNS ----------------------------------------------------------------------------------------------------
+
+QTYPES = {
+    1: "A",
+    2: "NS",
+    5: "CNAME",
+    6: "SOA",
+    12: "PTR",
+    13: "HINFO",
+    15: "MX",
+    16: "TXT",
+    28: "AAAA",
+    29: "LOC",
+    33: "SRV",
+    35: "NAPTR",
+    39: "DNAME",
+    41: "OPT",
+    43: "DS",
+    46: "RRSIG",
+    47: "NSEC",
+    48: "DNSKEY",
+    50: "NSEC3",
+    52: "TLSA",
+    64: "SVCB",
+    65: "HTTPS",
+    99: "SPF",
+    251: "IXFR",
+    252: "AXFR",
+    255: "ANY",
+    256: "URI",
+    257: "CAA",
+}
+RCODES = (
+    "NOERROR",
+    "FORMERR",
+    "SERVFAIL",
+    "NXDOMAIN",
+    "NOTIMP",
+    "REFUSED",
+    "YXDOMAIN",
+    "YXRRSET",
+    "NXRRSET",
+    "NOTAUTH",
+    "NOTZONE",
+    "DSOTYPENI",
+    "RCODE12",
+    "RCODE13",
+    "RCODE14",
+    "RCODE15",
+)
+
+# A message of 64 KiB has room for 5,000 answers; nobody needs to see more than this many.
+MAX_ANSWERS = 64
+# Compression pointers followed for one name. Real servers use one or two; each must point further back.
+_MAX_JUMPS = 16
+_HEADER_FORMAT = struct.Struct("!HHHHHH")
+_QUESTION_FORMAT = struct.Struct("!HH")
+_RECORD_FORMAT = struct.Struct("!HHIH")
+_PLAIN_LABEL = re.compile(rb"[!-\-/-\[\]-~]+")
+
+
+class Answer(NamedTuple):
+    """One record of the answer section. `ttl` in seconds. `data`: an address (canonical), a name, "10
+    mx.name", "0 5 443 srv.name"; "" for types that are not read (TXT and other)."""
+
+    name: str
+    type: str
+    ttl: int
+    data: str
+
+
+class DnsMessage(NamedTuple):
+    """A DNS query or answer. `rcode` is "" on queries. `qname` is lower case, without the final dot, unusual
+    bytes escaped as \\DDD (RFC 4343); "." for the root. `truncated`: TC is set, or the capture ends before
+    the answers do."""
+
+    id: int
+    is_response: bool
+    rcode: str
+    qname: str
+    qtype: str
+    answers: tuple[Answer, ...]
+    truncated: bool
+
+
+class _Bad(Exception):
+    """The bytes contradict the format, or end too early."""
+
+
+def parse_dns(data: bytes) -> DnsMessage | None:
+    """Read one DNS message (without the length prefix of TCP); None where it is none, or asks nothing.
+
+    Only opcode QUERY with one question, as every resolver sends. Answers that cannot be read end the list and
+    set `truncated`; a question that cannot be read makes it None. Extended codes (EDNS, additional section)
+    are not read."""
+    if len(data) < 17:
+        return None
+    ident, flags, questions, count, _, _ = _HEADER_FORMAT.unpack_from(data)
+    if questions != 1 or flags & 0x7800:
+        return None
+    try:
+        qname, at = _name(data, 12)
+        qtype, qclass = _QUESTION_FORMAT.unpack_from(data, at)
+    except (_Bad, IndexError, struct.error):
+        return None
+    # IN, CH, HS, NONE, ANY; the top bit is mDNS's. Anything else is some other protocol on the port.
+    if qclass & 0x7FFF not in (1, 3, 4, 254, 255):
+        return None
+    response = flags & 0x8000 != 0
+    answers: tuple[Answer, ...] = ()
+    truncated = flags & 0x0200 != 0
+    if response and count:
+        answers, complete = _answers(data, at + 4, count, qname)
+        truncated = truncated or not complete
+    rcode = RCODES[flags & 15] if response else ""
+    return DnsMessage(ident, response, rcode, qname, QTYPES.get(qtype) or f"TYPE{qtype}", answers, truncated)
+
+
+def _answers(data: bytes, at: int, count: int, qname: str) -> tuple[tuple[Answer, ...], bool]:
+    """Up to MAX_ANSWERS answers from `at`, and whether those are all."""
+    answers: list[Answer] = []
+    try:
+        for _ in range(min(count, MAX_ANSWERS)):
+            # Nearly every owner is a pointer to the question (offset 12): no need to walk it again.
+            if data[at] == 0xC0 and data[at + 1] == 12:
+                name = qname
+                at += 2
+            else:
+                name, at = _name(data, at)
+            kind, _class, ttl, length = _RECORD_FORMAT.unpack_from(data, at)
+            at += 10
+            end = at + length
+            if end > len(data):
+                raise _Bad
+            if kind == 1 and length == 4:
+                text = inet_ntoa(data[at:end])
+            elif kind == 28 and length == 16:
+                text = inet_ntop(AF_INET6, data[at:end])
+                if data[at : at + 12] == b"\0\0\0\0\0\0\0\0\0\0\xff\xff":
+                    text = inet_ntoa(data[at + 12 : end])
+            else:
+                text = _other(data, at, end, kind)
+            # RFC 2181 section 8: a TTL with the top bit set is zero.
+            answers.append(Answer(name, QTYPES.get(kind) or f"TYPE{kind}", ttl if ttl < 1 << 31 else 0, text))
+            at = end
+    except (_Bad, IndexError, struct.error):
+        return tuple(answers), False
+    return tuple(answers), count <= MAX_ANSWERS
+
+
+def _other(data: bytes, at: int, end: int, kind: int) -> str:
+    if kind in (2, 5, 12, 39):  # NS, CNAME, PTR, DNAME
+        prefix, start = "", at
+    elif kind in (
+        15,
+        64,
+        65,
+    ):  # MX: preference; SVCB, HTTPS: priority. The parameters after the name are not read.
+        prefix, start = f"{int.from_bytes(data[at : at + 2], 'big')} ", at + 2
+    elif kind == 33:  # SRV: priority, weight, port
+        prefix, start = "{} {} {} ".format(*struct.unpack_from("!HHH", data, at)), at + 6
+    else:
+        return ""
+    name, after = _name(data, start)
+    if after > end:
+        raise _Bad
+    return prefix + name
+
+
+def _name(data: bytes, at: int) -> tuple[str, int]:
+    """The name at `at` and the offset behind it. Raises _Bad or IndexError where it is malformed or cut off.
+
+    A pointer must point before the place where the current run of labels began. That alone makes loops
+    impossible; the limit on jumps bounds the work as well."""
+    labels: list[bytes] = []
+    after = -1
+    floor = at
+    size = jumps = 0
+    while True:
+        length = data[at]
+        if length == 0:
+            break
+        if length < 64:
+            at += 1
+            label = data[at : at + length]
+            size += length + 1
+            if len(label) < length or size > 254:
+                raise _Bad
+            labels.append(label)
+            at += length
+        elif length >= 0xC0:
+            target = (length & 0x3F) << 8 | data[at + 1]
+            if after < 0:
+                after = at + 2
+            jumps += 1
+            if target >= floor or target < 12 or jumps > _MAX_JUMPS:
+                raise _Bad
+            at = floor = target
+        else:
+            raise _Bad
+    if after < 0:
+        after = at + 1
+    if not labels:
+        return ".", after
+    if all(map(_PLAIN_LABEL.fullmatch, labels)):
+        return b".".join(labels).decode("ascii").lower(), after
+    return ".".join(map(_escaped, labels)).lower(), after
+
+
+def _escaped(label: bytes) -> str:
+    """A label in presentation form: dots and backslashes inside it escaped, other unusual bytes as \\DDD."""
+    return "".join(
+        f"\\{chr(byte)}" if byte in b".\\" else chr(byte) if 0x21 <= byte <= 0x7E else f"\\{byte:03d}"
+        for byte in label
+    )

@@ -1,0 +1,441 @@
+"""Settings: what the user asked for, checked, before anything touches the kernel.
+
+In: the environment, and one YAML file (seed's keys: `cgroup`, `exclude`). Out: one frozen `Settings`. This is
+the only module that reads either; everything else gets a `Settings`, so tests pass one. Not its job: finding
+the cgroup2 root, resolving names, or checking that a path is usable (the kernel layer does, when it uses it).
+
+Stricter than the seed, which silently took the default for a boolean or a key that it did not know: here
+every mistake in an EBFW_* variable or in the file is a `SettingsError` that names the key and the nearest
+right one. A variable that is set but empty counts as not set, except EBFW_METRICS_ADDR, where empty means "no
+/metrics". Mistakes in OTEL_* are not this module's: the OpenTelemetry specification wants a warning and a
+fallback there."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from exporter.errors import SettingsError
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+DEFAULT_EXCLUDE_CIDRS: tuple[Network, ...] = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "127.0.0.0/8",
+        "::1/128",
+        "10.0.0.0/8",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "169.254.0.0/16",
+        "fe80::/10",
+        "fc00::/7",
+    )
+)
+DEFAULT_EXCLUDE_SUFFIXES = ("cluster.local", "svc", "local", "in-addr.arpa", "ip6.arpa")
+
+# A file larger than this is not a filter file, and reading it whole would cost the node its memory.
+MAX_FILE_BYTES = 1 << 20
+
+# Kubernetes gives every pod variables for each Service of its namespace: a Service called `ebfw` or
+# `ebfw-metrics` makes EBFW_SERVICE_HOST, EBFW_METRICS_PORT_9090_TCP_ADDR and so on. They are not mistakes.
+_SERVICE_LINK = re.compile(
+    r"EBFW_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?)"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting, with its default. Built by `load`; tests build it directly."""
+
+    cgroup: Path | None = None
+    """Only this cgroup2 directory and what is below it is watched. None: the root of the hierarchy, wherever
+    it is mounted. The seed's default, /sys/fs/cgroup, means None: on hybrid hosts cgroup2 is not mounted
+    there."""
+
+    exclude_cidrs: tuple[Network, ...] = DEFAULT_EXCLUDE_CIDRS
+    """Peers in these networks are counted but not narrated. Default, the seed's: loopback, private,
+    link-local."""
+
+    exclude_suffixes: tuple[str, ...] = DEFAULT_EXCLUDE_SUFFIXES
+    """Names equal to or below these are counted but not narrated: lower case, no leading or trailing dot."""
+
+    inspect_paths: bool = True
+    """Keep the (redacted) path of HTTP requests. Without it a request has a method and a host only."""
+
+    inspect_headers: bool = False
+    """Keep (redacted) request headers in text and JSON. Off: headers carry personal data."""
+
+    inspect_body: bool = False
+    """Has no effect, as in the seed: bodies are never captured. Accepted so that the seed's settings still
+    load."""
+
+    output: str = "text"
+    """What goes to standard output, one line an event: text, json, or none."""
+
+    colour: bool | None = None
+    """Colour on standard output. None: if it is a terminal. False where NO_COLOR is set or TERM is dumb."""
+
+    metrics_addr: tuple[str, int] | None = ("127.0.0.1", 9090)
+    """Where /metrics listens: (host, port), host "" = all interfaces, port 0 = any free one; None = nowhere.
+    Loopback by default, not all interfaces as in the seed: the page says who talks to whom."""
+
+    node_name: str = field(default_factory=socket.gethostname)
+    """The node's name on every record. Default: the host name; the chart sets the Kubernetes node name."""
+
+    enforce_mode: str = "off"
+    """off, log or enforce. Only off works in this version."""
+
+    policy_source: str = "file"
+    """file or crd. Read, checked and not used while enforce_mode is off."""
+
+    policy: Path | None = None
+    """The policy file. Read, checked and not used while enforce_mode is off."""
+
+    enforce_dry_run: bool = False
+    """Program verdicts, do not drop. Read, checked and not used while enforce_mode is off."""
+
+    pin_path: Path = Path("/sys/fs/bpf/ebfw")
+    """Directory on a bpffs where maps and links are pinned, so that totals survive the agent."""
+
+    spans_per_second: int = 100
+    """Spans a second and node that are exported while no sampler is set, shared fairly between workloads; 0 =
+    none. The rest is counted. Enough to look at, little enough for any backend."""
+
+    logs: str = "notable"
+    """OTLP log records: notable (denials, failures, destinations not seen before) or all."""
+
+    flows: int = 65536
+    """Rows of the kernel's counter table: a power of two from 1024 to 1048576. What finds no room is counted
+    in one row called ~other. The default holds the flows of a busy node in a few MiB, on any number of
+    CPUs."""
+
+    ring_bytes: int = 4 << 20
+    """Size of the kernel's event ring in bytes: a power of two from 64 KiB to 256 MiB. 4 MiB rides out some
+    tenths of a second in which the agent does not run at 100,000 small events a second."""
+
+    uprobes: bool = True
+    """Attach to OpenSSL to see requests inside TLS. Without it HTTPS is names and bytes only."""
+
+    persist: bool = False
+    """Leave programs, links and maps pinned at a clean exit: counting goes on without the agent."""
+
+    query_values: frozenset[str] = frozenset()
+    """Names of URL query parameters whose values are shown, lower case. All other values read REDACTED."""
+
+    log_level: str = "info"
+    """The agent's own log, on standard error: debug, info, warning or error."""
+
+    otel: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The OTEL_* variables as they are, unchecked. Not in the repr: OTEL_EXPORTER_OTLP_HEADERS holds
+    credentials."""
+
+
+# --- values: each turns text into a value, or raises ValueError with what would be right --------------------
+
+
+def _boolean(text: str) -> bool:
+    word = text.strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("use true or false (also 1/0, yes/no, on/off)")
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        word = text.strip().lower()
+        if word in choices:
+            return word
+        raise ValueError("use " + ", ".join(choices[:-1]) + " or " + choices[-1])
+
+    return parse
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        word = text.strip()
+        if word.isascii() and word.isdigit() and len(word) < 20 and low <= int(word) <= high:
+            return int(word)
+        raise ValueError(f"use a whole number from {low} to {high}")
+
+    return parse
+
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+
+
+def _power_of_two(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        match = re.fullmatch(r"([0-9]{1,18})\s*(?:([km])(?:i?b)?)?", text.strip(), re.IGNORECASE)
+        if not match:
+            raise ValueError(f"use a power of two from {low} to {high}; 4MiB and 64k are understood")
+        number = int(match[1]) * _UNITS[(match[2] or "").lower()]
+        if low <= number <= high and number & (number - 1) == 0:
+            return number
+        near = min(max(1 << max(number - 1, 0).bit_length(), low), high)
+        raise ValueError(f"use a power of two from {low} to {high}, for instance {near}")
+
+    return parse
+
+
+def _absolute(text: str) -> Path:
+    path = Path(text.strip())
+    if not path.is_absolute() or ".." in path.parts or "\0" in text:
+        raise ValueError("use an absolute path, without ..")
+    return path
+
+
+def _cgroup(text: str) -> Path | None:
+    path = _absolute(text)
+    return None if path == Path("/sys/fs/cgroup") else path
+
+
+def _address(text: str) -> tuple[str, int] | None:
+    """`host:port`, `[v6]:port`, `:port` (all interfaces); empty is None. Raises ValueError."""
+    word = text.strip()
+    if not word:
+        return None
+    host, colon, port = word.rpartition(":")
+    if not colon and word.isdigit():
+        raise ValueError(
+            f"use host:port; for port {word} on all interfaces :{word}, on this host only 127.0.0.1:{word}"
+        )
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
+        raise ValueError("use host:port, with a port from 0 to 65535")
+    if host.startswith("[") and host.endswith("]"):
+        host = str(ipaddress.IPv6Address(host[1:-1]))
+    elif re.search(r"[\s/\[\]]", host):
+        raise ValueError("use host:port, without a scheme or a path")
+    elif ":" in host:
+        raise ValueError(f"put an IPv6 address in brackets: [{host}]:{port}")
+    return host, int(port)
+
+
+def _text(text: str) -> str:
+    word = text.strip()
+    if len(word) > 253 or not word.isprintable():
+        raise ValueError("use at most 253 printable characters")
+    return word
+
+
+def _names(text: str) -> frozenset[str]:
+    names = frozenset(word.strip().lower() for word in text.split(",") if word.strip())
+    if any(re.search(r"[\s&=?#]", name) for name in names):
+        raise ValueError("use parameter names, separated by commas")
+    return names
+
+
+def _network(text: str) -> Network:
+    """A CIDR as Go's net.ParseCIDR reads it: host bits are masked away. A bare address is that one host.
+
+    Written as IPv4-mapped IPv6 it becomes the IPv4 network that it is, since addresses are compared that way.
+    """
+    word = text.strip()
+    _, slash, length = word.partition("/")
+    try:
+        if "%" in word or (slash and not (length.isascii() and length.isdigit())):
+            raise ValueError
+        network = ipaddress.ip_network(word, strict=False)
+    except ValueError:
+        raise ValueError("use a network such as 10.0.0.0/8 or fd00::/8") from None
+    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:
+            return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
+    return network
+
+
+def _suffix(text: str) -> str:
+    word = text.strip().lower().removeprefix("*.").strip(".")
+    if not word or len(word) > 253 or re.search(r"[\s*/:]", word) or ".." in word:
+        raise ValueError("use a domain such as example.com; it stands for itself and everything below")
+    return word
+
+
+# --- the table: one row a variable; enough to make the documentation from -----------------------------------
+
+
+class Variable(NamedTuple):
+    """One EBFW_* variable: `field` of Settings, how its text is read. Help for it is the field's
+    docstring."""
+
+    name: str
+    field: str
+    parse: Callable[[str], Any]
+    values: str
+
+
+VARIABLES: tuple[Variable, ...] = (
+    Variable("EBFW_CGROUP", "cgroup", _cgroup, "path"),
+    Variable("EBFW_INSPECT_PATHS", "inspect_paths", _boolean, "boolean"),
+    Variable("EBFW_INSPECT_HEADERS", "inspect_headers", _boolean, "boolean"),
+    Variable("EBFW_INSPECT_BODY", "inspect_body", _boolean, "boolean"),
+    Variable("EBFW_OUTPUT", "output", _one_of("text", "json", "none"), "text, json or none"),
+    Variable("EBFW_METRICS_ADDR", "metrics_addr", _address, "host:port; empty disables"),
+    Variable("EBFW_NODE_NAME", "node_name", _text, "text"),
+    Variable("EBFW_ENFORCE_MODE", "enforce_mode", _one_of("off", "log", "enforce"), "off"),
+    Variable("EBFW_POLICY_SOURCE", "policy_source", _one_of("file", "crd"), "file or crd"),
+    Variable("EBFW_POLICY", "policy", lambda text: Path(text.strip()), "path"),
+    Variable("EBFW_ENFORCE_DRY_RUN", "enforce_dry_run", _boolean, "boolean"),
+    Variable("EBFW_BPF_PIN_PATH", "pin_path", _absolute, "path"),
+    Variable("EBFW_SPANS_PER_SECOND", "spans_per_second", _whole(0, 1_000_000), "whole number"),
+    Variable("EBFW_LOGS", "logs", _one_of("notable", "all"), "notable or all"),
+    Variable("EBFW_FLOWS", "flows", _power_of_two(1024, 1 << 20), "power of two, 1024 to 1048576"),
+    Variable(
+        "EBFW_RING_BYTES", "ring_bytes", _power_of_two(64 << 10, 256 << 20), "power of two, 64 KiB to 256 MiB"
+    ),
+    Variable("EBFW_TLS_UPROBES", "uprobes", _boolean, "boolean"),
+    Variable("EBFW_PERSIST", "persist", _boolean, "boolean"),
+    Variable("EBFW_QUERY_VALUES", "query_values", _names, "names, separated by commas"),
+    Variable("EBFW_LOG_LEVEL", "log_level", _one_of("debug", "info", "warning", "error"), "debug to error"),
+)
+
+_BY_NAME = {variable.name: variable for variable in VARIABLES}
+_EMPTY_MEANS_SOMETHING = frozenset({"EBFW_METRICS_ADDR"})
+
+
+def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
+    """Read the file (`config_path`, else EBFW_CONFIG, else none) and the environment; the environment wins.
+
+    Raises SettingsError for everything that is wrong with an EBFW_* variable or the file.
+    """
+    values: dict[str, Any] = {}
+    path = config_path if config_path is not None else environ.get("EBFW_CONFIG", "").strip()
+    if path:
+        values.update(_read_file(path))
+    elif config_path is not None:
+        raise SettingsError("--config needs the name of a file")
+
+    for name in sorted(environ):
+        if not name.startswith("EBFW_") or name == "EBFW_CONFIG":
+            continue
+        variable = _BY_NAME.get(name)
+        if variable is None:
+            if _SERVICE_LINK.fullmatch(name):
+                continue
+            raise SettingsError(
+                f"{name}: there is no such setting{_nearest(name, (*_BY_NAME, 'EBFW_CONFIG'))}"
+            )
+        text = environ[name]
+        if not text.strip() and name not in _EMPTY_MEANS_SOMETHING:
+            continue
+        try:
+            values[variable.field] = variable.parse(text)
+        except ValueError as error:
+            raise SettingsError(f"{name}={text!r}: {error}") from None
+
+    if environ.get("NO_COLOR") or environ.get("TERM") == "dumb":
+        values["colour"] = False
+    values["otel"] = {name: text for name, text in environ.items() if name.startswith("OTEL_")}
+
+    settings = Settings(**values)
+    if settings.enforce_mode != "off":
+        raise SettingsError(
+            f"EBFW_ENFORCE_MODE={settings.enforce_mode}: enforcement is not in this version; "
+            "leave it off to observe"
+        )
+    return settings
+
+
+# --- the file -----------------------------------------------------------------------------------------------
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise SettingsError(f"{path}: cannot read the configuration: {reason}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise SettingsError(
+            f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; this is not a configuration of ebfw"
+        )
+    try:
+        # compose() is the first half of safe_load(): the same resolver, but the nodes still know their lines,
+        # and keys that stand twice are still there to be refused.
+        root = yaml.compose(data, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise SettingsError(f"{where}: not YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise SettingsError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+
+    values: dict[str, Any] = {}
+    if root is None or _is_null(root):
+        return values
+    top = _mapping(path, root, "", ("cgroup", "exclude"))
+    if (node := top.get("cgroup")) is not None:
+        values["cgroup"] = _scalar(path, node, "cgroup", _cgroup)
+    if (node := top.get("exclude")) is not None:
+        exclude = _mapping(path, node, "exclude", ("cidrs", "domainSuffixes"))
+        if (node := exclude.get("cidrs")) is not None:
+            values["exclude_cidrs"] = _list(path, node, "exclude.cidrs", _network)
+        if (node := exclude.get("domainSuffixes")) is not None:
+            values["exclude_suffixes"] = _list(path, node, "exclude.domainSuffixes", _suffix)
+    return values
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return bool(node.tag == "tag:yaml.org,2002:null")
+
+
+def _fail(path: str, node: yaml.Node, key: str, text: str) -> SettingsError:
+    mark = node.start_mark
+    where = f"{path}:{mark.line + 1}" if mark else path
+    return SettingsError(f"{where}: {key + ': ' if key else ''}{text}")
+
+
+def _mapping(path: str, node: yaml.Node, key: str, known: tuple[str, ...]) -> dict[str, yaml.Node]:
+    """The mapping's values by key; keys whose value is null are left out, as Go's YAML does."""
+    if not isinstance(node, yaml.MappingNode):
+        raise _fail(path, node, key, f"expected a mapping with {' and '.join(known)}")
+    found: dict[str, yaml.Node] = {}
+    for name_node, value in node.value:
+        name = str(name_node.value) if isinstance(name_node, yaml.ScalarNode) else "(not a plain key)"
+        full = f"{key}.{name}" if key else name
+        if name not in known:
+            raise _fail(path, name_node, full, f"there is no such key{_nearest(name, known)}")
+        if name in found:
+            raise _fail(path, name_node, full, "stands here a second time; keep one of the two")
+        found[name] = value
+    return {name: value for name, value in found.items() if not _is_null(value)}
+
+
+def _scalar(path: str, node: yaml.Node, key: str, parse: Callable[[str], Any]) -> Any:
+    # A YAML number, date or boolean is refused rather than turned back into text: 010 or `no` would not
+    # survive.
+    if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
+        raise _fail(path, node, key, "expected text; put it in quotes if it looks like something else")
+    try:
+        return parse(node.value)
+    except ValueError as error:
+        raise _fail(path, node, key, f"{node.value!r}: {error}") from None
+
+
+def _list(path: str, node: yaml.Node, key: str, parse: Callable[[str], Any]) -> tuple[Any, ...]:
+    if not isinstance(node, yaml.SequenceNode):
+        raise _fail(path, node, key, "expected a list")
+    items = [_scalar(path, item, f"{key}[{index}]", parse) for index, item in enumerate(node.value)]
+    return tuple(dict.fromkeys(items))
+
+
+def _nearest(word: str, known: tuple[str, ...]) -> str:
+    """ "; did you mean X?" or, where nothing is near, "". Case and punctuation do not count."""
+
+    def flat(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    near = difflib.get_close_matches(flat(word), [flat(name) for name in known], n=1, cutoff=0.6)
+    return next((f"; did you mean {name}?" for name in known if near and flat(name) == near[0]), "")
