@@ -256,7 +256,12 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 		return;
 	}
 	if (s->stage == STAGE_FIRST || s->stage == STAGE_HTTP) {
-		u8 next = classify(skb, p, s->stage);
+		u8 next;
+
+		/* a request sent again is no second request */
+		if (s->flags & S_INSPECTED && (s32)(p->seq + p->length - s->inspected) <= 0)
+			return;
+		next = classify(skb, p, s->stage);
 
 		s->stage = next;
 		if (next != STAGE_HELLO && next != STAGE_HEAD)
@@ -275,6 +280,8 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 	 * From here on the segment is described in map memory alone. In registers the verifier would go on with the
 	 * bounds of each of the dozens of paths that lead here, and verify the rest once for each.
 	 */
+	s->inspected = p->seq + p->length;
+	s->flags |= S_INSPECTED;
 	in->base = p->payload;
 	in->length = p->length;
 	in->at = p->seq - in->start;

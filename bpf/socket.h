@@ -22,6 +22,7 @@
 #define S_DETOUR 512     /* UDP, connected: the next datagram has an address of its own */
 #define S_RETURN 1024    /* and after it the connected peer counts again */
 #define S_PROXIED 2048   /* behind a CONNECT */
+#define S_INSPECTED 8192 /* socket.inspected is set */
 #define S_DESCRIBED 4096 /* scope and exclusion are decided for this peer */
 
 /* socket.stage: what the next payload that leaves is looked at for */

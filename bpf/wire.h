@@ -211,10 +211,11 @@ struct socket {
 	__u8 stage;
 	__u32 flags;
 	__u32 retransmits;
+	__u32 inspected; /* TCP sequence number after the last payload that was looked at */
 	__u32 policy_generation; /* room for the verdict, its rule and the policy it was judged under */
 	__u16 rule;
 	__u8 verdict;
-	__u8 pad;
+	__u8 pad[5];
 };
 
 /*

@@ -97,7 +97,7 @@ INLINE void head_scan(struct inspection *in)
 	}
 }
 
-#define HEAD_PIECES 24 /* of one segment: 1,344 bytes; browsers send Host first (RFC 9110 section 7.2 asks for it) */
+#define HEAD_PIECES 27 /* of one segment: 1,512 bytes, more than an Ethernet segment holds; browsers send Host first (RFC 9110 section 7.2 asks for it) */
 
 /* Look for the Host line and the end in the next piece of the segment; 1 when there is no more of it to look at. */
 INLINE int head_step(struct inspection *in, struct source *from)

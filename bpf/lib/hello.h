@@ -72,7 +72,9 @@ INLINE int hello_step(struct inspection *in, struct source *from)
 		in->name_have = have + take;
 		if (in->name_have < in->name_length)
 			return 1;
-		in->status = READ_NAME;
+		if (in->text[(in->name_length - 1) & 255] == '.') /* not allowed (RFC 6066), and seen */
+			in->name_length -= 1;
+		in->status = in->name_length ? READ_NAME : READ_NO_NAME;
 		return 1;
 	}
 	need = (HELLO_SIZES >> (item * 4)) & 15;

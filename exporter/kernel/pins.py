@@ -63,6 +63,30 @@ def prepare(path: Path) -> None:
         raise PinError(f"cannot use {path} for pins: {error.strerror}. Set EBFW_BPF_PIN_PATH to another path.") from None
 
 
+def entries(path: Path) -> list[Path]:
+    """What ebfw pinned, links first. A fresh bpffs holds files of the kernel's own, which stay."""
+    ours = [entry for entry in path.iterdir() if entry.name.startswith(("link_", "map_", "prog_"))]
+    return sorted(ours, key=lambda entry: not entry.name.startswith("link_"))
+
+
+def remove_entries(path: Path) -> list[str]:
+    """Detach every link below the path and remove every pin; their names."""
+    gone = []
+    for entry in entries(path):
+        if entry.name.startswith("link_"):
+            try:
+                link = bpf.get_pinned(str(entry))
+                try:
+                    bpf.link_detach(link)
+                finally:
+                    os.close(link)
+            except OSError:
+                pass  # its cgroup is gone; removing the last pin of a link detaches it too
+        entry.unlink()
+        gone.append(entry.name)
+    return gone
+
+
 class Lock:
     """One agent a pin path: held as long as the process lives."""
 
@@ -84,27 +108,17 @@ def remove(path: Path, before_unmount: Callable[[], None] = lambda: None) -> lis
     """Detach every link below the path, remove every pin, and unmount what ebfw mounted. The names of what went.
 
     `before_unmount` lets go of descriptors on the file system, which would keep it busy."""
-    gone: list[str] = []
     point = mounted_at(path)
     if point is None or not path.is_dir():
-        return gone
-    for entry in sorted(path.iterdir(), key=lambda entry: not entry.name.startswith("link_")):
-        if entry.name.startswith("link_"):
-            try:
-                link = bpf.get_pinned(str(entry))
-                try:
-                    bpf.link_detach(link)
-                finally:
-                    os.close(link)
-            except OSError:
-                pass  # removing the last pin of a link detaches it too
-        entry.unlink()
-        gone.append(entry.name)
+        before_unmount()
+        return []
+    gone = remove_entries(path)
     before_unmount()
     if point == path:
         _unmount(path)
     path.rmdir()
-    if point == _SYSTEM and [entry.name for entry in _SYSTEM.iterdir()] == [_MARK]:
+    system = {entry.name for entry in _SYSTEM.iterdir()} if point == _SYSTEM else set()
+    if _MARK in system and not any(entry.is_dir() and entry.name != _MARK for entry in _SYSTEM.iterdir()):
         (_SYSTEM / _MARK).rmdir()
         _unmount(_SYSTEM)
     return gone

@@ -154,9 +154,7 @@ class Kernel:
         if found is not None:
             self.maps, self.adopted_maps = found, True
             return
-        if any(self.pin_path.iterdir()):
-            # Pins of another layout or size, or debris of a start that was cut off. Counters start anew.
-            self._clear_pins()
+        pins.remove_entries(self.pin_path)  # of another layout or size, or of a start that was cut off
         for name, spec in specs.items():
             self.maps[name] = maps.create(spec)
         slots = self.flows + 1
@@ -181,14 +179,6 @@ class Kernel:
         for fd in found.values():
             os.close(fd)
         return None
-
-    def _clear_pins(self) -> None:
-        for entry in list(self.pin_path.iterdir()):
-            if entry.name.startswith("link_"):
-                link = bpf.get_pinned(str(entry))
-                bpf.link_detach(link)
-                os.close(link)
-            entry.unlink()
 
     def _configure(self, exclude: Iterable[Network], suffixes: Iterable[str]) -> None:
         settings = struct.pack("<IIII", maps.slots_of(self.flows), self.ring_bytes // 2, 0, 0)

@@ -173,5 +173,5 @@ assert RECORD.size == c.sizeof(Record)
 assert FLOW_KEY.size == c.sizeof(FlowKey)
 assert FLOW_ROW.size == c.sizeof(FlowRow)
 
-SOCKET_SIZE = 144
+SOCKET_SIZE = 152
 INSPECTION_SIZE = 1236
