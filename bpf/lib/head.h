@@ -158,7 +158,7 @@ INLINE void head_name(struct inspection *in, struct source *from)
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < NAME_SIZE; i += 8) {
 		u64 word = *(u64 *)(in->text + i);
-		u64 marks = bytes_below(word, ' ' + 1) | bytes_below(word ^ BYTES(':'), 1), end;
+		u64 marks = bytes_below(word, ' ' + 1) | bytes_below(word ^ BYTES(':'), 1), end, last;
 
 		if (!marks)
 			continue;
@@ -166,7 +166,9 @@ INLINE void head_name(struct inspection *in, struct source *from)
 		BOUND(end, 255);
 		if (end >= in->name_have)
 			break; /* goes on in the next segment */
-		if (in->text[end ? end - 1 : 0] == '.')
+		last = end - 1;
+		BOUND(last, 255);
+		if (end && in->text[last] == '.')
 			end -= 1;
 		in->name_length = end;
 		in->status = end ? READ_NAME : READ_NO_NAME;
