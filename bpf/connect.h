@@ -70,7 +70,6 @@ INLINE int want_send(struct bpf_sock_addr *ctx, const u8 *peer)
 		s->role = ROLE_CLIENT;
 		s->transport = PROTO_UDP;
 		s->cookie = socket_cookie(ctx);
-		s->began_ns = bpf_ktime_get_ns();
 		remember_caller(s);
 	}
 	if (s->peer_port != port || !same16(s->peer, peer)) {

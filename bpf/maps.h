@@ -7,6 +7,8 @@
  * SETTINGS         0                 struct settings       agent, at start      kernel     -
  * SOCKETS          socket            struct socket         kernel               kernel     LOST_SOCKET
  * INSPECTIONS      socket            struct inspection     kernel               kernel     the flow stays unnamed
+ * SCRATCH          index             struct inspection     kernel               kernel     LOST_SCRATCH
+ * FREE_SCRATCH     -                 index                 agent; kernel        kernel     holds every index
  * FLOWS            struct flow_key   struct flow_row       kernel; agent folds  both       LOST_FLOW_TABLE
  * TRAFFIC          slot, stripe      struct traffic        kernel               agent      one entry a slot
  * CONNECTIONS      slot              struct connections    kernel               agent      one entry a slot

@@ -104,7 +104,6 @@ INLINE struct socket *adopt(struct __sk_buff *skb, struct bpf_sock *sk, const st
 	if (!s)
 		return 0;
 	s->cookie = socket_cookie(skb);
-	s->began_ns = bpf_ktime_get_ns();
 	s->transport = p->transport;
 	s->local_port = sk->src_port;
 	copy16(s->local, out ? p->source : p->dest);
@@ -200,11 +199,12 @@ INLINE u8 classify(struct __sk_buff *skb, const struct packet *p, u8 stage)
 	return (word & 0xff) == 0x16 ? STAGE_HELLO : STAGE_DONE;
 }
 
-INLINE void inspect_hello(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s, struct inspection *in)
+/* Both return 1 when the name is read, or never will be. */
+INLINE int inspect_hello(struct __sk_buff *skb, struct socket *s, struct inspection *in)
 {
 	hello_feed(in, skb);
 	if (in->status == READING)
-		return;
+		return 0;
 	if (in->status == READ_NAME)
 		named(s, in, NAME_FROM_SNI);
 	if (in->status == READ_FAILED)
@@ -214,16 +214,15 @@ INLINE void inspect_hello(struct __sk_buff *skb, struct bpf_sock *sk, struct soc
 	else
 		tell_hello(s, in);
 	s->stage = STAGE_DONE;
-	bpf_sk_storage_delete(MAP(INSPECTIONS), sk);
+	return 1;
 }
 
-INLINE void inspect_head(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s, struct inspection *in,
-			 struct parcel *parcel)
+INLINE int inspect_head(struct __sk_buff *skb, struct socket *s, struct inspection *in, struct parcel *parcel)
 {
 	u32 old = in->next, seen = old - in->at;
 
 	if (seen >= in->length) /* sent again */
-		return;
+		return 0;
 	head_feed(in, skb);
 	in->next = in->at + in->length;
 	if (in->status == READ_NAME) {
@@ -236,67 +235,98 @@ INLINE void inspect_head(struct __sk_buff *skb, struct bpf_sock *sk, struct sock
 	parcel->stream_offset = old;
 	parcel->flags = in->ended ? RECORD_HEAD_END : 0;
 	if (!in->ended && in->next < HEAD_LIMIT)
-		return;
+		return 0;
 	if (in->tunnel) { /* what follows the proxy's answer is another first */
 		s->stage = STAGE_FIRST;
 		s->flags |= S_PROXIED;
 	} else {
 		s->stage = STAGE_HTTP;
 	}
-	bpf_sk_storage_delete(MAP(INSPECTIONS), sk);
+	return 1;
 }
 
+INLINE void copy_inspection(struct inspection *to, const struct inspection *from)
+{
+#pragma clang loop unroll(disable)
+	for (u32 i = 0; i < sizeof(*to) / 4; i++)
+		((u32 *)to)[i] = ((const u32 *)from)[i];
+}
+
+/*
+ * Read a segment for a name, in borrowed memory; most hellos and heads end with the first. Where more must follow the
+ * state moves to socket storage, which costs more to make than all the reading. Per-CPU memory would not do: a
+ * program on the same CPU can interrupt this one and overwrite it.
+ */
 INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s, const struct packet *p,
 		    struct parcel *parcel)
 {
-	struct inspection *in;
+	struct inspection *in, *kept = 0;
+	u32 index;
+	int done;
 
 	if (s->flags & S_EXCLUDED) {
 		s->stage = STAGE_DONE;
 		return;
 	}
 	if (s->stage == STAGE_FIRST || s->stage == STAGE_HTTP) {
-		u8 next;
-
 		/* a request sent again is no second request */
 		if (s->flags & S_INSPECTED && (s32)(p->seq + p->length - s->inspected) <= 0)
 			return;
-		next = classify(skb, p, s->stage);
-
-		s->stage = next;
-		if (next != STAGE_HELLO && next != STAGE_HEAD)
+		s->stage = classify(skb, p, s->stage);
+		if (s->stage != STAGE_HELLO && s->stage != STAGE_HEAD)
 			return;
-		in = bpf_sk_storage_get(MAP(INSPECTIONS), sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-		if (in)
-			in->start = p->seq;
 	} else {
-		in = bpf_sk_storage_get(MAP(INSPECTIONS), sk, 0, 0);
+		kept = bpf_sk_storage_get(MAP(INSPECTIONS), sk, 0, 0);
+		if (!kept) {
+			s->stage = STAGE_DONE;
+			return;
+		}
 	}
-	if (!in) {
+	if (bpf_map_pop_elem(MAP(FREE_SCRATCH), &index)) {
+		count_tally(LOST_SCRATCH);
 		s->stage = STAGE_DONE;
 		return;
 	}
+	in = bpf_map_lookup_elem(MAP(SCRATCH), &index);
+	if (!in)
+		return;
+	if (kept) {
+		copy_inspection(in, kept);
+	} else {
+		__builtin_memset(&in->key, 0, sizeof(in->key));
+		__builtin_memset(&in->start, 0, (void *)in->carry - (void *)&in->start);
+		*(u64 *)in->piece = 0;
+		in->start = p->seq;
+	}
+	s->inspected = p->seq + p->length;
+	s->flags |= S_INSPECTED;
 	/*
 	 * From here on the segment is described in map memory alone. In registers the verifier would go on with the
 	 * bounds of each of the dozens of paths that lead here, and verify the rest once for each.
 	 */
-	s->inspected = p->seq + p->length;
-	s->flags |= S_INSPECTED;
 	in->base = p->payload;
 	in->length = p->length;
 	in->at = p->seq - in->start;
 	RELOAD();
-	if (s->stage == STAGE_HELLO)
-		inspect_hello(skb, sk, s, in);
-	else
-		inspect_head(skb, sk, s, in, parcel);
+	done = s->stage == STAGE_HELLO ? inspect_hello(skb, s, in) : inspect_head(skb, s, in, parcel);
+	if (done) {
+		bpf_sk_storage_delete(MAP(INSPECTIONS), sk);
+	} else {
+		/* asked for anew: `kept` alive until here would be two states of everything above to the verifier */
+		kept = bpf_sk_storage_get(MAP(INSPECTIONS), sk, in, BPF_SK_STORAGE_GET_F_CREATE);
+		if (kept)
+			copy_inspection(kept, in);
+		else
+			s->stage = STAGE_DONE;
+	}
+	bpf_map_push_elem(MAP(FREE_SCRATCH), &index, 0);
 }
 
 INLINE void tell_datagram(struct socket *s)
 {
 	s->flags |= S_TOLD;
 	if (s->stage != STAGE_DNS)
-		tell_end(s, RECORD_OPENED, OUTCOME_OK, s->began_ns, 0);
+		tell_end(s, RECORD_OPENED, OUTCOME_OK, 0, 0);
 }
 
 /* The first packet that knows the socket's own cgroup: connect() knew the task's, accept() none. */

@@ -35,7 +35,7 @@ INLINE void tell_end(struct socket *s, u8 kind, u8 outcome, u64 since, u32 rtt_u
 		return;
 	fill_record(r, s, kind, now);
 	r->outcome = outcome;
-	r->duration_ns = now - since;
+	r->duration_ns = since ? now - since : 0;
 	r->tx_bytes = s->tx_bytes;
 	r->rx_bytes = s->rx_bytes;
 	r->retransmits = s->retransmits;

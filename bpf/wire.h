@@ -17,6 +17,8 @@ enum map_id {
 	MAP_SETTINGS = 1,
 	MAP_SOCKETS,
 	MAP_INSPECTIONS,
+	MAP_SCRATCH,
+	MAP_FREE_SCRATCH,
 	MAP_FLOWS,
 	MAP_TRAFFIC,
 	MAP_CONNECTIONS,
@@ -122,6 +124,7 @@ enum tally {
 	LOST_NAME_TABLE,    /* no room for a name: the flow stays unnamed */
 	LOST_SOCKET,        /* no socket storage: traffic of this packet went uncounted */
 	LOST_HELLO,         /* a ClientHello that could not be read to its end */
+	LOST_SCRATCH,       /* no room to read a name in: the flow stays unnamed */
 	FILTERED_CONNECT,
 	FILTERED_CLOSE,
 	FILTERED_TLS,
@@ -192,7 +195,7 @@ struct socket {
 	__u64 cgroup;
 	__u64 cookie;
 	__u64 name;
-	__u64 began_ns;  /* connect called, or first seen */
+	__u64 began_ns;  /* connect called */
 	__u64 opened_ns; /* handshake done */
 	__u64 tx_bytes;
 	__u64 rx_bytes;
@@ -219,7 +222,8 @@ struct socket {
 };
 
 /*
- * Reading a name out of a byte stream that comes in pieces: socket storage, there only while a name is being read.
+ * Reading a name out of a byte stream. A borrowed entry of SCRATCH while one packet is read; socket storage between
+ * packets, where the stream comes in pieces.
  * `dots` stands right before `text`, so that a name read backwards from its end is followed by a dot and zeros.
  */
 #define PIECE 56

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from exporter.kernel import bpf, wire
 
 SPARE_SLOTS = 1024  # for ~other rows, one a workload
+SCRATCH = 256  # packets that are read for a name at the same moment: CPUs, and the interrupts on top of each
 
 # What made these pins: layout version, flows, ring bytes, padding, build id. Written last: without it pins are debris.
 STAMP = struct.Struct("<IIII32s")
@@ -44,6 +45,8 @@ def specs(flows: int, ring_bytes: int) -> dict[str, MapSpec]:
         MapSpec("settings", bpf.ARRAY, 4, size(wire.Settings), 1),
         MapSpec("sockets", bpf.SK_STORAGE, 4, wire.SOCKET_SIZE, 0, bpf.NO_PREALLOC),
         MapSpec("inspections", bpf.SK_STORAGE, 4, wire.INSPECTION_SIZE, 0, bpf.NO_PREALLOC),
+        MapSpec("scratch", bpf.ARRAY, 4, wire.INSPECTION_SIZE, SCRATCH),
+        MapSpec("free_scratch", bpf.STACK, 0, 4, SCRATCH),
         MapSpec("flows", bpf.HASH, size(wire.FlowKey), size(wire.FlowRow), slots),
         MapSpec("traffic", bpf.ARRAY, 4, size(wire.Traffic), slots * wire.STRIPES, bpf.MMAPABLE),
         MapSpec("connections", bpf.ARRAY, 4, size(wire.Connections), slots, bpf.MMAPABLE),

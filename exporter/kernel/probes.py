@@ -160,6 +160,7 @@ class Kernel:
         slots = self.flows + 1
         bpf.map_push_range(self.maps["free_slots"], 1, slots)
         bpf.map_push_range(self.maps["spare_slots"], slots, maps.slots_of(self.flows))
+        bpf.map_push_range(self.maps["free_scratch"], 0, maps.SCRATCH)
         for name, fd in self.maps.items():
             if name != "stamp":
                 bpf.pin(fd, str(self.pin_path / f"map_{name}"))
