@@ -63,9 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         ("detach", "remove the programs, links and maps that ebfw pinned; safe to run twice"),
         ("version", "print the version"),
     ):
-        command = commands.add_parser(
-            name, help=text, description=text.capitalize() + ".", allow_abbrev=False
-        )
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
         if name != "version":
             # SUPPRESS: otherwise the subcommand's default overwrites a --config that stands before it.
             command.add_argument("-config", "--config", metavar="FILE", default=argparse.SUPPRESS)

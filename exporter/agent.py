@@ -72,17 +72,21 @@ def run(settings: Settings) -> int:
 class Pipeline:
     """Ring -> decode -> join (who, name) -> redact -> metrics, console, OTLP; counters -> metrics."""
 
-    def __init__(
-        self, settings: Settings, root: Path, kernel: Kernel, resources: Resources, metrics: Metrics
-    ) -> None:
+    def __init__(self, settings: Settings, root: Path, kernel: Kernel, resources: Resources, metrics: Metrics) -> None:
         self.kernel, self.metrics = kernel, metrics
         self.clock = Clock()
         self.containers = ContainerNames()
         self.workloads = Workloads(root, self.containers)
         self.workloads.scan()
         self.names = Names()
-        self.hidden = HiddenNames(settings.exclude_suffixes)
-        self.join = Join(self.workloads.lookup, self.names, kernel.names.get, self.hidden, self.clock.wall)
+        self.join = Join(
+            self.workloads.lookup,
+            kernel.names.get,
+            self.names.name_for,
+            self.names.learn_for,
+            HiddenNames(settings.exclude_suffixes),
+            self.clock.wall,
+        )
         self.redaction = Options.of(settings)
         self.console = Console(sys.stdout, settings.output, settings.colour, settings.node_name)
         self.otlp = Otlp(
@@ -319,5 +323,3 @@ def check(settings: Settings) -> int:
         settings.ring_bytes,
         sys.stdout,
     )
-
-

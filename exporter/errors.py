@@ -1,11 +1,11 @@
 """The exception tree. Every error that a user can meet says what to do next.
 
-    EbfwError
-    ├── SettingsError      a mistake in the environment, a flag or a file; names the key
-    ├── KernelError        the kernel, or this container, refused something
-    │   ├── NotPermitted   root or a capability is missing
-    │   └── Unsupported    this kernel lacks a feature
-    └── PinError           what lies under the pin path is not ours or not usable
+EbfwError
+├── SettingsError      a mistake in the environment, a flag or a file; names the key
+├── KernelError        the kernel, or this container, refused something
+│   ├── NotPermitted   root or a capability is missing
+│   └── Unsupported    this kernel lacks a feature
+└── PinError           what lies under the pin path is not ours or not usable
 """
 
 

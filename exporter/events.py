@@ -35,9 +35,9 @@ SCOPES = ("internet", "loopback", "private", "link_local")
 class Workload(NamedTuple):
     """Who: the cgroup of the socket, read as a pod, a container, a unit or a session.
 
-    `kind` is one of pod, container, unit, session, host, unknown. `name` is what a person calls it and never
-    contains an id that changes with every start where something better is known. Only the fields that fit the
-    kind are set.
+    `kind` is one of pod, container, unit, session, cgroup (one that somebody made by hand, called by its last
+    part), host, unknown. `name` is what a person calls it and never contains an id that changes with every
+    start where something better is known. Only the fields that fit the kind are set.
     """
 
     cgroup_id: int
@@ -46,7 +46,7 @@ class Workload(NamedTuple):
     name: str
     pod_uid: str = ""
     container_id: str = ""
-    runtime: str = ""  # containerd | cri-o | docker | podman
+    runtime: str = ""  # containerd | cri-o | docker | podman | lxc | systemd-nspawn
     qos: str = ""  # guaranteed | burstable | besteffort
     unit: str = ""  # systemd unit
     user_id: int | None = None  # owner of a user session or a rootless container

@@ -164,9 +164,7 @@ class RateLimit(logging.Filter):
 
     def _expire(self, now: float) -> None:
         self._texts = {text: at for text, at in self._texts.items() if now - at < self._period}
-        self._templates = {
-            key: state for key, state in self._templates.items() if now - state[0] < self._period
-        }
+        self._templates = {key: state for key, state in self._templates.items() if now - state[0] < self._period}
         if len(self._texts) >= self._limit or len(self._templates) >= self._limit:
             self._texts.clear()
             self._templates.clear()

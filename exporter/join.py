@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from exporter import decode, events
 from exporter.decode import Sighting
-from exporter.enrich.names import Names, key
 from exporter.events import Event, Workload
 from exporter.health import losses
 from exporter.parse import parse_dns, parse_request
@@ -44,18 +43,22 @@ class _Head:
 
 
 class Join:
-    """`who`: cgroup id -> workload. `name_of`: name id -> name. `hidden`: does `exclude` hide this name? `to_wall`:
-    CLOCK_MONOTONIC ns -> ns since the epoch."""
+    """`who`: cgroup id -> workload. `name_of`: name id -> the name that was shown. `learned`: (workload, address,
+    monotonic ns) -> the name under which that workload resolved the address. `learn`: (workload, name asked,
+    (address, TTL in seconds) ..., monotonic ns) remembers an answer. `hidden`: does `exclude` hide this name?
+    `to_wall`: CLOCK_MONOTONIC ns -> ns since the epoch."""
 
     def __init__(
         self,
         who: Callable[[int], Workload],
-        names: Names,
         name_of: Callable[[int], str],
+        learned: Callable[[Workload, str, int], str],
+        learn: Callable[[Workload, str, list[tuple[str, int]], int], None],
         hidden: Callable[[str], bool],
         to_wall: Callable[[int], int],
     ) -> None:
-        self._who, self._names, self._name_of, self._hidden, self._to_wall = who, names, name_of, hidden, to_wall
+        self._who, self._name_of, self._learned, self._learn = who, name_of, learned, learn
+        self._hidden, self._to_wall = hidden, to_wall
         self._queries: OrderedDict[tuple[int, int, str, str], _Query] = OrderedDict()
         self._heads: OrderedDict[int, _Head] = OrderedDict()
         self._read = {
@@ -86,7 +89,7 @@ class Join:
             shown = self._name_of(identity)
             if shown:
                 return shown, _SOURCES.get(identity & 3, events.SNI)
-        learned = self._names.name(key(who), address, now)
+        learned = self._learned(who, address, now)
         return (learned, events.DNS_ANSWER) if learned else (address, events.ADDRESS)
 
     # --- connections ----------------------------------------------------------------------------------------------
@@ -95,18 +98,12 @@ class Join:
         closed = s.kind == decode.CLOSED
         who = self._who(s.cgroup)
         domain, source = self.name(who, s.name, s.peer, s.time)
-        if s.transport == "udp":
-            duration = None
-        else:
-            duration = s.duration
-        began = s.time - (s.duration if s.transport != "udp" else 0)
-        if closed:
-            # A head that waits for its end has none; what there is of it is in the loss counter.
-            if self._heads.pop(s.cookie, None):
-                losses.add("join", "head_unfinished")
+        duration = s.duration if s.transport == "tcp" else None
+        if closed and self._heads.pop(s.cookie, None) is not None:
+            losses.add("join", "head_unfinished")  # it waited for its end, and has none
         return Event(
             events.CLOSE if closed else events.CONNECT,
-            self._to_wall(s.time if closed else began),
+            self._to_wall(s.time if closed else s.time - s.duration),
             who,
             s.pid,
             s.comm,
@@ -178,7 +175,7 @@ class Join:
             return None
         addresses = [(a.data, a.ttl) for a in message.answers if a.type in ("A", "AAAA")]
         if addresses:
-            self._names.learn(key(query.who), query.name, addresses, s.time)
+            self._learn(query.who, query.name, addresses, s.time)
         return self._event(
             events.DNS,
             query.sighting,

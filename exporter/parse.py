@@ -384,6 +384,5 @@ def _name(data: bytes, at: int) -> tuple[str, int]:
 def _escaped(label: bytes) -> str:
     """A label in presentation form: dots and backslashes inside it escaped, other unusual bytes as \\DDD."""
     return "".join(
-        f"\\{chr(byte)}" if byte in b".\\" else chr(byte) if 0x21 <= byte <= 0x7E else f"\\{byte:03d}"
-        for byte in label
+        f"\\{chr(byte)}" if byte in b".\\" else chr(byte) if 0x21 <= byte <= 0x7E else f"\\{byte:03d}" for byte in label
     )

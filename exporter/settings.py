@@ -291,9 +291,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("EBFW_SPANS_PER_SECOND", "spans_per_second", _whole(0, 1_000_000), "whole number"),
     Variable("EBFW_LOGS", "logs", _one_of("notable", "all"), "notable or all"),
     Variable("EBFW_FLOWS", "flows", _power_of_two(1024, 1 << 20), "power of two, 1024 to 1048576"),
-    Variable(
-        "EBFW_RING_BYTES", "ring_bytes", _power_of_two(64 << 10, 256 << 20), "power of two, 64 KiB to 256 MiB"
-    ),
+    Variable("EBFW_RING_BYTES", "ring_bytes", _power_of_two(64 << 10, 256 << 20), "power of two, 64 KiB to 256 MiB"),
     Variable("EBFW_TLS_UPROBES", "uprobes", _boolean, "boolean"),
     Variable("EBFW_PERSIST", "persist", _boolean, "boolean"),
     Variable("EBFW_QUERY_VALUES", "query_values", _names, "names, separated by commas"),
@@ -323,9 +321,7 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
         if variable is None:
             if _SERVICE_LINK.fullmatch(name):
                 continue
-            raise SettingsError(
-                f"{name}: there is no such setting{_nearest(name, (*_BY_NAME, 'EBFW_CONFIG'))}"
-            )
+            raise SettingsError(f"{name}: there is no such setting{_nearest(name, (*_BY_NAME, 'EBFW_CONFIG'))}")
         text = environ[name]
         if not text.strip() and name not in _EMPTY_MEANS_SOMETHING:
             continue
@@ -341,8 +337,7 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
     settings = Settings(**values)
     if settings.enforce_mode != "off":
         raise SettingsError(
-            f"EBFW_ENFORCE_MODE={settings.enforce_mode}: enforcement is not in this version; "
-            "leave it off to observe"
+            f"EBFW_ENFORCE_MODE={settings.enforce_mode}: enforcement is not in this version; leave it off to observe"
         )
     return settings
 
@@ -358,9 +353,7 @@ def _read_file(path: str) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise SettingsError(f"{path}: cannot read the configuration: {reason}") from None
     if len(data) > MAX_FILE_BYTES:
-        raise SettingsError(
-            f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; this is not a configuration of ebfw"
-        )
+        raise SettingsError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; this is not a configuration of ebfw")
     try:
         # compose() is the first half of safe_load(): the same resolver, but the nodes still know their lines,
         # and keys that stand twice are still there to be refused.

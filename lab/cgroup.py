@@ -138,13 +138,9 @@ class Cgroup:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except PermissionError as error:
-            raise LabError(
-                f"cannot make the cgroup {self.path}: {error.strerror}; run this as root"
-            ) from error
+            raise LabError(f"cannot make the cgroup {self.path}: {error.strerror}; run this as root") from error
         except OSError as error:
-            raise LabError(
-                f"cannot make the cgroup {self.path}: {error.strerror}; is cgroup2 writable?"
-            ) from error
+            raise LabError(f"cannot make the cgroup {self.path}: {error.strerror}; is cgroup2 writable?") from error
 
     @property
     def id(self) -> int:
@@ -162,9 +158,7 @@ class Cgroup:
         child._make()
         return child
 
-    def command(
-        self, argv: Sequence[str | Path], *, netns: Namespace | None = None, names: bool = True
-    ) -> list[str]:
+    def command(self, argv: Sequence[str | Path], *, netns: Namespace | None = None, names: bool = True) -> list[str]:
         """`argv` wrapped so that it runs in this cgroup and, if given, in `netns`; `names`: with the lab's
         DNS as its resolver (in a mount namespace of its own)."""
         etc = netns.etc if netns and names else None

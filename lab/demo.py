@@ -119,9 +119,7 @@ class Agent:
             except (OSError, http.client.HTTPException):
                 now = time.monotonic()
                 if now - began > _START_SECONDS:
-                    raise LabError(
-                        f"the agent has no /metrics after {_START_SECONDS:.0f} s; try: ebfw check"
-                    ) from None
+                    raise LabError(f"the agent has no /metrics after {_START_SECONDS:.0f} s; try: ebfw check") from None
                 if now - told > 2:
                     told = now
                     say(f"  waiting for the agent ({now - began:.0f} s)")
@@ -200,14 +198,8 @@ def _watch(agent: Agent, workers: list[subprocess.Popen[bytes]], lab: Lab, secon
 
 def _done_by_workload(log: Path) -> tuple[Counter[str], list[str]]:
     """Steps done, by name, and what did not end as it should have."""
-    rows: list[dict[str, Any]] = [
-        json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")
-    ]
-    odd = [
-        f"{row['role']}: {row['step']}: {row['note'] or 'did not fail'}"
-        for row in rows
-        if not row["expected"]
-    ]
+    rows: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    odd = [f"{row['role']}: {row['step']}: {row['note'] or 'did not fail'}" for row in rows if not row["expected"]]
     return Counter(row["step"] for row in rows), odd
 
 

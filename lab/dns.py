@@ -194,6 +194,4 @@ def _encode_record(record: Record) -> bytes:
     data = encode_name(text) if record.type == "CNAME" else ipaddress.ip_address(text).packed
     # A pointer to the question where the owner is the name asked would save bytes; a full name is always
     # right.
-    return (
-        encode_name(record.name) + struct.pack("!2HIH", TYPES[record.type], 1, record.ttl, len(data)) + data
-    )
+    return encode_name(record.name) + struct.pack("!2HIH", TYPES[record.type], 1, record.ttl, len(data)) + data

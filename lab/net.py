@@ -219,9 +219,7 @@ class Lab:
 
     def redirect(self, address: str, port: int, to_port: int, *, protocol: str = "tcp") -> None:
         """What pods send to address:port goes to their own `to_port`, as with a mesh's sidecar."""
-        self._nat(
-            address, port, protocol, ("REDIRECT", "--to-ports", str(to_port)), f"redirect to :{to_port}"
-        )
+        self._nat(address, port, protocol, ("REDIRECT", "--to-ports", str(to_port)), f"redirect to :{to_port}")
 
     def _nat(self, address: str, port: int, protocol: str, iptables: tuple[str, ...], nft: str) -> None:
         six = ":" in address

@@ -73,9 +73,7 @@ class Servers:
     every name and server address. `start_timeout` is generous for emulated CPUs.
     """
 
-    def __init__(
-        self, lab: net.Lab, names: Mapping[str, Entry] | None = None, *, start_timeout: float = 60.0
-    ) -> None:
+    def __init__(self, lab: net.Lab, names: Mapping[str, Entry] | None = None, *, start_timeout: float = 60.0) -> None:
         self.directory = lab.directory / "servers"
         self.ca = self.directory / "cert.pem"
         self._lab = lab

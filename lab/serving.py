@@ -202,9 +202,7 @@ async def _reset(connection: _Connection) -> None:
 
 
 def _make_proxy(zone: Zone) -> Handler:
-    async def relay(
-        source: Callable[[], Coroutine[Any, Any, bytes]], sink: Any, end: Callable[[], None]
-    ) -> None:
+    async def relay(source: Callable[[], Coroutine[Any, Any, bytes]], sink: Any, end: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):
             while data := await source():
                 await sink(data)
@@ -226,17 +224,13 @@ def _make_proxy(zone: Zone) -> Handler:
             address = host if _is_address(host) else zone.addresses(host)[0]
             reader, writer = await asyncio.open_connection(address, int(port))
         status = 200 if writer else 502
-        connection.request(
-            method=head.method, target=head.target, host=host, status=status, headers=head.headers, rx=0
-        )
+        connection.request(method=head.method, target=head.target, host=host, status=status, headers=head.headers, rx=0)
         if writer is None:
             await connection.write(b"HTTP/1.1 502 Lab\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             return
         if path:
             lines = [f"{head.method} {path} {head.version}"]
-            lines += [
-                f"{k}: {v}" for k, v in head.headers.items() if not k.startswith(("proxy-", "connection"))
-            ]
+            lines += [f"{k}: {v}" for k, v in head.headers.items() if not k.startswith(("proxy-", "connection"))]
             writer.write("\r\n".join([*lines, "connection: close", "", ""]).encode("latin-1"))
         else:
             await connection.write(b"HTTP/1.1 200 Connection established\r\n\r\n")

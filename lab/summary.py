@@ -92,16 +92,11 @@ def describe(text: str, steps: Mapping[str, int], odd: Sequence[str], roles: Seq
     out += ["", "What the agent told, by kind"]
     out += _table(
         ("kind", "events"),
-        (
-            (kind, str(n))
-            for (kind,), n in total(EVENTS, lambda labels: (labels.get("kind", "?"),)).most_common()
-        ),
+        ((kind, str(n)) for (kind,), n in total(EVENTS, lambda labels: (labels.get("kind", "?"),)).most_common()),
     )
 
     sent = total(BYTES, lambda labels: (who(labels), peer(labels), labels.get("network_io_direction", "?")))
-    opened = total(
-        CONNECTIONS, lambda labels: (who(labels), peer(labels), labels.get("ebfw_connection_state", "?"))
-    )
+    opened = total(CONNECTIONS, lambda labels: (who(labels), peer(labels), labels.get("ebfw_connection_state", "?")))
     pairs = Counter[tuple[str, str]]()
     for (name, address, _), count in sent.items():
         pairs[name, address] += count

@@ -204,9 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--period", type=float, default=2.0, help="seconds per round (2)")
     parser.add_argument("--rounds", type=int, help="end after so many (never)")
     given = parser.parse_args(arguments)
-    run(
-        given.role, Settings(given.ca, not given.no_ipv6), given.log, period=given.period, rounds=given.rounds
-    )
+    run(given.role, Settings(given.ca, not given.no_ipv6), given.log, period=given.period, rounds=given.rounds)
     return 0
 
 

@@ -288,7 +288,7 @@ def _who(who: Workload) -> list[str]:
         if who.container_name:
             out.append(f"container={printable(who.container_name)}")
         return out
-    if who.kind in ("container", "unit", "session"):
+    if who.kind in ("container", "unit", "session", "cgroup"):
         return [f"{who.kind}={printable(who.name)}"]
     return []
 
@@ -361,9 +361,7 @@ class JsonFormat:
         if path:
             add(f'"path":{_string(path)}')
         if headers:
-            pairs = ",".join(
-                f'{{"name":{_string(name)},"value":{_string(value)}}}' for name, value in headers
-            )
+            pairs = ",".join(f'{{"name":{_string(name)},"value":{_string(value)}}}' for name, value in headers)
             add(f'"headers":[{pairs}]')
         if pid:
             add(f'"pid":{pid}')

@@ -28,9 +28,7 @@ _WINDOWS = 4096
 _SEEN = 65_536
 
 # The methods that the conventions know; anything else is `_OTHER`, with the original beside it.
-_METHODS = frozenset(
-    ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY")
-)
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"))
 
 _DESTINATIONS = frozenset((CONNECT, TLS, HTTP, HTTPS))
 _NAMES = {

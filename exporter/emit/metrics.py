@@ -277,9 +277,7 @@ class Metrics:
             key = (flow.name or flow.peer, flow.transport, flow.scope, flow.name_source, flow.role)
         with self._lock:
             known = self._cgroups.get(flow.workload.cgroup_id)
-            state = (
-                known[1] if known is not None and known[0] is flow.workload else self._state(flow.workload)
-            )
+            state = known[1] if known is not None and known[0] is flow.workload else self._state(flow.workload)
             row = state.rows.get(key)
             fresh = row is None
             if row is None:
@@ -479,9 +477,7 @@ class Metrics:
             limit = self._dns_limit if index == _DNS_IX else self._limit
             if state is self._rest or not (
                 str(key[1]).startswith("~")
-                or (
-                    self._room(state, index, weight, limit) and self._in_histograms + weight <= self._max // 2
-                )
+                or (self._room(state, index, weight, limit) and self._in_histograms + weight <= self._max // 2)
             ):
                 self._overflowed(index)
                 home = state if self._count < self._max else self._rest
@@ -531,9 +527,7 @@ class Metrics:
 
     def _mark(self, state: _State, metric: c.Metric, attributes: Attributes, start: int) -> None:
         if self._gone is not None and len(self._gone) < self._max:
-            own: Attributes = (
-                ((c.WORKLOAD_ID, state.resource.workload_id),) if state.resource.workload_id else ()
-            )
+            own: Attributes = ((c.WORKLOAD_ID, state.resource.workload_id),) if state.resource.workload_id else ()
             self._gone.append(Gone(state.resource, metric, own + attributes, start))
 
     def _scalar(self, metric: c.Metric, key: Attributes) -> _Scalar:

@@ -113,9 +113,7 @@ class Encoder:
         for resource, metrics in snapshot.by_resource():
             for metric, points in metrics:
                 for point in points:
-                    value = (
-                        _moved(point) if delta and metric.kind in (c.COUNTER, c.HISTOGRAM) else point.value
-                    )
+                    value = _moved(point) if delta and metric.kind in (c.COUNTER, c.HISTOGRAM) else point.value
                     if value is None:
                         continue
                     start = max(point.start_ns, since_ns or 0)

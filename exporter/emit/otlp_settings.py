@@ -91,16 +91,12 @@ def load(environ: Mapping[str, str]) -> Settings:
         return Settings()
     preference = env.get("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "cumulative").lower()
     if preference not in ("cumulative", "delta", "lowmemory"):
-        _warn(
-            "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", preference, "cumulative, delta or lowmemory"
-        )
+        _warn("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", preference, "cumulative, delta or lowmemory")
     if (histogram := env.get("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", "")) not in (
         "",
         "explicit_bucket_histogram",
     ):
-        _warn(
-            "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", histogram, "explicit_bucket_histogram"
-        )
+        _warn("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", histogram, "explicit_bucket_histogram")
     length = _number(env, "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", -1, 0)
     return Settings(
         traces=_endpoint(env, "traces"),

@@ -87,9 +87,7 @@ class _Http:
                 return Result(False)
             return Result(True, *_partial(self._signal, self._response.FromString(self._body)))
         except Exception as error:  # the body may be anything, and a worker thread must live on
-            return Result(
-                bool(self._body), 0, f"{type(error).__name__}: unreadable answer" if self._body else ""
-            )
+            return Result(bool(self._body), 0, f"{type(error).__name__}: unreadable answer" if self._body else "")
 
     def close(self) -> None:
         self._exporter.shutdown()

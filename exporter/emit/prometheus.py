@@ -214,9 +214,7 @@ def serve(
     try:
         # "" is the dual-stack wildcard where IPv6 exists, as in the seed.
         dual = not host and socket.has_dualstack_ipv6()
-        family, *_, address = socket.getaddrinfo(
-            "::" if dual else host or "0.0.0.0", port, type=socket.SOCK_STREAM
-        )[0]
+        family, *_, address = socket.getaddrinfo("::" if dual else host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
         Listener.address_family = family
         httpd = Listener(address[:2], Handler, bind_and_activate=False)  # type: ignore[arg-type]
         try:

@@ -131,9 +131,7 @@ def _path(path: str, hook: bool) -> str:
         # Chat services: /services/T…/B…/token. Elsewhere a segment called hook or webhook announces the
         # token.
         hook = hook or _HOOK.fullmatch(segment) is not None
-        hook = hook or (
-            before in ("services", "workflows", "triggers") and _SLACK_TEAM.fullmatch(segment) is not None
-        )
+        hook = hook or (before in ("services", "workflows", "triggers") and _SLACK_TEAM.fullmatch(segment) is not None)
     return "/".join(segments)
 
 
@@ -142,9 +140,7 @@ def _hook_token(segment: str) -> bool:
     included."""
     if segment.isdigit() or len(segment) < 6:
         return False
-    return not re.fullmatch(r"[A-Z]?[a-z]+(?:[-_]?[A-Z]?[a-z]+)*", segment) or (
-        len(segment) >= 20 and _random(segment)
-    )
+    return not re.fullmatch(r"[A-Z]?[a-z]+(?:[-_]?[A-Z]?[a-z]+)*", segment) or (len(segment) >= 20 and _random(segment))
 
 
 _SENSITIVE = re.compile(r"pass|pwd|secret|token|key|auth|cred|sess|sig|jwt|sid\b", re.IGNORECASE)
@@ -241,11 +237,7 @@ def _random_part(part: str) -> bool:
         return True
     tokens = _TOKENS.findall(part)
     digits = sum(map(str.isdigit, tokens))
-    if (
-        digits >= 2
-        and (digits >= 4 or length < (5 if length >= 20 else 3.4) * len(tokens))
-        and len(tokens) >= 4
-    ):
+    if digits >= 2 and (digits >= 4 or length < (5 if length >= 20 else 3.4) * len(tokens)) and len(tokens) >= 4:
         return True  # letters and digits by turns; versions, sizes and dates have fewer turns
     if len(tokens) > 1 and length >= 6 and length < (3.2 if length >= 16 else 2.7) * len(tokens):
         return True  # cases by turns, as in base64; CamelCase has longer words

@@ -24,9 +24,7 @@ Attributes = tuple[tuple[str, str | int], ...]
 _CACHE = 8192
 
 # Container ids, pod UIDs, systemd's transient units and replica hashes: whatever changes with every start.
-_ID = re.compile(
-    r"[0-9a-f]{12,}|[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|^(?:session|run)-[a-z]*\d+"
-)
+_ID = re.compile(r"[0-9a-f]{12,}|[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|^(?:session|run)-[a-z]*\d+")
 
 # Keys of OTEL_RESOURCE_ATTRIBUTES that describe the agent only. A DaemonSet's own name would be as wrong on a
 # workload as its pod's, so of k8s.* only what the cluster and the node share is passed on.
@@ -113,9 +111,7 @@ class Resources:
             c.WORKLOAD_KIND: w.kind,
             c.WORKLOAD_QOS: w.qos,
         }
-        return _resource(
-            self._common | {key: value for key, value in attributes.items() if value}, workload_id
-        )
+        return _resource(self._common | {key: value for key, value in attributes.items() if value}, workload_id)
 
 
 def _resource(attributes: Mapping[str, str | int], workload_id: str = "") -> Resource:

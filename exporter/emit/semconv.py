@@ -185,9 +185,7 @@ WORKLOAD_INFO = Metric(
 
 # What the agent does. The first four keep the seed's names, hence their short attribute names.
 EVENTS = Metric("ebfw.events", "{event}", COUNTER, "Events told, by kind.", ("kind",))
-FILTERED = Metric(
-    "ebfw.filtered", "{event}", COUNTER, "Events not told because `exclude` matched, by kind.", ("kind",)
-)
+FILTERED = Metric("ebfw.filtered", "{event}", COUNTER, "Events not told because `exclude` matched, by kind.", ("kind",))
 ATTRIBUTION = Metric(
     "ebfw.attribution",
     "{event}",
@@ -207,24 +205,18 @@ EXPORTED = Metric(
 QUEUE = Metric("ebfw.export.queue", "{item}", GAUGE, "Items that wait for OTLP export.", ("ebfw.signal",))
 TABLE_USED = Metric("ebfw.table.used", "{entry}", GAUGE, "Entries in use.", ("ebfw.table",))
 TABLE_SIZE = Metric("ebfw.table.size", "{entry}", GAUGE, "Entries that fit.", ("ebfw.table",))
-FEATURE = Metric(
-    "ebfw.feature", "", GAUGE, "1 where a feature works on this kernel, else 0.", ("ebfw.feature",)
-)
+FEATURE = Metric("ebfw.feature", "", GAUGE, "1 where a feature works on this kernel, else 0.", ("ebfw.feature",))
 SERIES = Metric("ebfw.series", "{series}", GAUGE, "Series kept, by metric.", ("ebfw.metric",))
 SERIES_OVERFLOW = Metric(
     "ebfw.series.overflow", "{measurement}", COUNTER, "Measurements folded into `~other` for want of room.",
     ("ebfw.metric",),
 )  # fmt: skip
-SERIES_EXPIRED = Metric(
-    "ebfw.series.expired", "{series}", COUNTER, "Series dropped because nothing moved them."
-)
+SERIES_EXPIRED = Metric("ebfw.series.expired", "{series}", COUNTER, "Series dropped because nothing moved them.")
 CLAMPED = Metric(
     "ebfw.totals.clamped", "{measurement}", COUNTER, "Totals that would have fallen and were held.",
     ("ebfw.metric",),
 )  # fmt: skip
-BUILD_INFO = Metric(
-    "ebfw.build.info", "", GAUGE, "The running version; always 1.", ("ebfw.version", "ebfw.kernel")
-)
+BUILD_INFO = Metric("ebfw.build.info", "", GAUGE, "The running version; always 1.", ("ebfw.version", "ebfw.kernel"))
 START_TIME = Metric("ebfw.start.time", "s", GAUGE, "When the agent started, seconds since the epoch.")
 CPU_TIME = Metric("process.cpu.time", "s", COUNTER, "CPU time of the agent.", ("cpu.mode",))
 MEMORY = Metric("process.memory.usage", "By", UPDOWN, "Resident memory of the agent.")

@@ -107,6 +107,14 @@ class Names:
             entry = entry[2]
         return ""
 
+    def learn_for(self, who: Workload, question_name: str, answers: Iterable[tuple[str, int]], now: int) -> None:
+        """`learn` for the workload's owner."""
+        self.learn(key(who), question_name, answers, now)
+
+    def name_for(self, who: Workload, address: str, now: int) -> str:
+        """`name` for the workload's owner."""
+        return self.name(key(who), address, now)
+
     def expire(self, now: int) -> None:
         """Drop what has expired, a slice at a time: call it as often as you like, it works once a second."""
         if now < self._next_sweep and self._next_sweep - now <= SWEEP_EVERY:  # else the clock was set back

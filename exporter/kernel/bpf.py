@@ -6,6 +6,7 @@ calls are for is decided elsewhere. Command numbers and attribute layouts: inclu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -63,10 +64,8 @@ def why(error: OSError, doing: str) -> KernelError:
 def lift_memlock_limit() -> None:
     """Before 5.11 BPF memory counts against RLIMIT_MEMLOCK (64 KiB by default). Some containers refuse; then the
     first map that does not fit says so."""
-    try:
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    except (ValueError, OSError):
-        pass
 
 
 def _call(command: int, attributes: bytes) -> tuple[int, ctypes.Array[ctypes.c_char]]:
@@ -126,9 +125,7 @@ def _element(command: int, fd: int, key: bytes, value: object, flags: int = 0) -
     key_buffer = ctypes.create_string_buffer(key, len(key)) if key else None
     _call(
         command,
-        struct.pack(
-            "<IIQQQ", fd, 0, _address(key_buffer) if key else 0, _address(value) if value else 0, flags
-        ),
+        struct.pack("<IIQQQ", fd, 0, _address(key_buffer) if key else 0, _address(value) if value else 0, flags),
     )
 
 
@@ -352,7 +349,7 @@ def prog_query(cgroup: int, attach: int) -> list[int]:
     return list(ids[: struct.unpack_from("<I", buffer, 24)[0]])
 
 
-def test_run(program: int, packet: bytes, repeat: int = 1) -> tuple[int, int]:
+def test_run(program: int, packet: bytes, repeat: int = 1) -> tuple[int, int]:  # noqa: PT028  # a system call
     """BPF_PROG_TEST_RUN on an Ethernet frame: (return value, nanoseconds a run)."""
     data = ctypes.create_string_buffer(packet, len(packet))
     out = ctypes.create_string_buffer(len(packet) + 256)

@@ -89,7 +89,7 @@ def _explain(output: str) -> str:
 def _compile_here(part: int) -> dict[str, str]:
     folder = source_folder()
     os.environ["BCC_KERNEL_SOURCE"] = str(folder / "include")
-    from bcc import BPF  # type: ignore[import-not-found]  # a system package without type hints
+    from bcc import BPF  # a system package; no type hints (pyproject.toml says so)
 
     flags = [f"-I{folder}", f"-DEBFW_ARCH_{platform.machine().upper()}", f"-DEBFW_PART={part}", "-Wno-macro-redefined"]
     module = BPF(text=(folder / "ebfw.bpf.c").read_text(), cflags=flags)

@@ -181,9 +181,7 @@ class FlowTable:
         touched: untouched pages of a mapped array cost no memory."""
         top = max(self._live) + 1
         slots, size = self._slots, _TRAFFIC.size
-        now = [
-            self._traffic[stripe * slots * size : (stripe * slots + top) * size] for stripe in range(wire.STRIPES)
-        ]
+        now = [self._traffic[stripe * slots * size : (stripe * slots + top) * size] for stripe in range(wire.STRIPES)]
         now.append(self._connections[: top * _CONNECTIONS.size])
         before, self._before = self._before, now
         self._now = now

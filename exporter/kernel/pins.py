@@ -60,7 +60,7 @@ def prepare(path: Path) -> None:
     except PermissionError as error:
         raise NotPermitted(f"cannot make {path}: {error.strerror}. Run as root, or set EBFW_BPF_PIN_PATH.") from None
     except OSError as error:
-        raise PinError(f"cannot use {path} for pins: {error.strerror}. Set EBFW_BPF_PIN_PATH to another path.") from None
+        raise PinError(f"cannot pin below {path}: {error.strerror}. Set EBFW_BPF_PIN_PATH to another path.") from None
 
 
 def entries(path: Path) -> list[Path]:

@@ -40,7 +40,9 @@ class _Report:
             self.can_run = False
 
 
-def report(cgroup: Path | None, root: Path, root_problem: str, pin_path: Path, flows: int, ring: int, out: IO[str]) -> int:
+def report(
+    cgroup: Path | None, root: Path, root_problem: str, pin_path: Path, flows: int, ring: int, out: IO[str]
+) -> int:
     """Print the report; 0 if the agent can run, 1 if not."""
     r = _Report(out)
     r.head("host")

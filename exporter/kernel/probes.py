@@ -197,7 +197,7 @@ class Kernel:
         fd = self.maps[name]
         for key, value in entries.items():
             bpf.map_update(fd, key, value)
-        for key in [key for key in bpf.map_keys(fd, len(next(iter(entries), b""))) if key not in entries] if entries else []:
+        for key in [key for key in bpf.map_keys(fd, bpf.map_info(fd).key) if key not in entries]:
             bpf.map_delete(fd, key)
 
     # --- programs -------------------------------------------------------------------------------------------------

@@ -35,9 +35,7 @@ def compiled(name: str = "loadgen") -> Path:
     # Another process may compile the same: each into a file of its own, the rename is atomic.
     draft = program.with_name(f"{program.name}.{os.getpid()}")
     for extra in (("-static",), ()):
-        done = subprocess.run(
-            ("cc", *_FLAGS, *extra, "-o", str(draft), str(source)), capture_output=True, text=True
-        )
+        done = subprocess.run(("cc", *_FLAGS, *extra, "-o", str(draft), str(source)), capture_output=True, text=True)
         if done.returncode == 0:
             draft.rename(program)
             return program

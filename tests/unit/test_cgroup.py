@@ -47,9 +47,7 @@ def pod(uid: str = UID, container: str = "", runtime: str = "", qos: str = "burs
     }
 
 
-def container(
-    runtime: str, cid: str = C, name: str = "", user: int | None = None, unit: str = ""
-) -> dict[str, object]:
+def container(runtime: str, cid: str = C, name: str = "", user: int | None = None, unit: str = "") -> dict[str, object]:
     return {
         "kind": "container",
         "name": name or cid[:12],
@@ -77,9 +75,7 @@ PATHS: dict[str, dict[str, object]] = {
     f"/kubepods.slice/kubepods-pod{UID_}.slice/cri-containerd-{C}.scope": pod(
         container=C, runtime="containerd", qos="guaranteed"
     ),
-    f"/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{HASH}.slice": pod(
-        uid=HASH, qos="besteffort"
-    ),
+    f"/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{HASH}.slice": pod(uid=HASH, qos="besteffort"),
     f"/system.slice/containerd.service/kubepods-burstable-pod{UID_}.slice:cri-containerd:{C}": pod(
         container=C, runtime="containerd"
     ),
@@ -92,9 +88,7 @@ PATHS: dict[str, dict[str, object]] = {
     # a node that is a container: kind, k3d, minikube; the pod wins
     f"/docker/{D}/kubelet/kubepods/burstable/pod{UID}/{C}": pod(container=C),
     f"/system.slice/docker-{D}.scope/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice"
-    f"/kubelet-kubepods-burstable-pod{UID_}.slice/cri-containerd-{C}.scope": pod(
-        container=C, runtime="containerd"
-    ),
+    f"/kubelet-kubepods-burstable-pod{UID_}.slice/cri-containerd-{C}.scope": pod(container=C, runtime="containerd"),
     f"{USER}/user.slice/libpod-{D}.scope/kubelet/kubepods/burstable/pod{UID}/{C}": {
         **pod(container=C),
         "user_id": 1000,
@@ -123,9 +117,7 @@ PATHS: dict[str, dict[str, object]] = {
     f"/libpod_parent/{D}/libpod-{C}": container("podman"),
     f"/libpod_parent/{C}": container("podman"),
     f"{USER}/user.slice/libpod-{C}.scope/container": container("podman", user=1000),
-    f"/system.slice/web.service/libpod-payload-{C}": container(
-        "podman", name="web.service", unit="web.service"
-    ),
+    f"/system.slice/web.service/libpod-payload-{C}": container("podman", name="web.service", unit="web.service"),
     "/lxc.payload.web/system.slice/nginx.service": container("lxc", "", "web"),
     "/lxc.monitor.web": container("lxc", "", "web"),
     "/lxc/101/ns/init.scope": container("lxc", "", "101"),
@@ -221,9 +213,7 @@ def test_the_root_is_found_among_the_mounts(tmp_path: Path) -> None:
     )
     assert find_root(mounts) == Path("/no such/unified")
     mounts.write_text("cgroup /sys/fs/cgroup/cpu cgroup rw 0 0\n")
-    with pytest.raises(
-        Unsupported, match=r"mount -t cgroup2.*in a container mount the host's /sys/fs/cgroup"
-    ):
+    with pytest.raises(Unsupported, match=r"mount -t cgroup2.*in a container mount the host's /sys/fs/cgroup"):
         find_root(mounts)
     assert not is_host_root(tmp_path)
     assert not is_host_root(tmp_path / "missing")
@@ -303,9 +293,7 @@ def test_an_id_is_resolved_by_its_handle(tree: Path) -> None:
 def test_what_lies_outside_of_the_root_stays_unknown(tree: Path, workloads: Workloads) -> None:
     make(tree / "shop")
     assert workloads.lookup(1).kind == "unknown"
-    assert workloads.lookup((tree / "shop" / "cgroup.procs").stat().st_ino).kind == "unknown", (
-        "not a directory"
-    )
+    assert workloads.lookup((tree / "shop" / "cgroup.procs").stat().st_ino).kind == "unknown", "not a directory"
     assert workloads.lookup((tree / "shop").stat().st_ino).path == "/shop"
 
 
@@ -362,9 +350,7 @@ def test_a_cgroup_that_nobody_saw_is_counted(tree: Path, workloads: Workloads) -
 
 
 @pytest.mark.core
-def test_a_new_subtree_is_learned_in_slices(
-    tree: Path, workloads: Workloads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_subtree_is_learned_in_slices(tree: Path, workloads: Workloads, monkeypatch: pytest.MonkeyPatch) -> None:
     workloads.scan()
     ids = [make(tree / "big" / f"c{i}" / "till") for i in range(30)]
     monkeypatch.setattr(cgroup, "SLICE", 0.0002)
@@ -617,9 +603,7 @@ def test_no_socket_nothing_asked(tmp_path: Path) -> None:
     names.close()
 
 
-def test_a_containers_name_reaches_its_workloads(
-    tree: Path, engine: tuple[Engine, str], clock: Clock
-) -> None:
+def test_a_containers_name_reaches_its_workloads(tree: Path, engine: tuple[Engine, str], clock: Clock) -> None:
     names = ContainerNames([engine[1]])
     workloads = Workloads(tree, names, clock)
     try:

@@ -90,9 +90,7 @@ def test_mistakes_in_settings_are_two_and_one_line(
 ) -> None:
     monkeypatch.setenv("EBFW_OUTPUTS", "json")
     assert cli.main([]) == 2
-    assert capsys.readouterr().err == (
-        "ebfw: EBFW_OUTPUTS: there is no such setting; did you mean EBFW_OUTPUT?\n"
-    )
+    assert capsys.readouterr().err == ("ebfw: EBFW_OUTPUTS: there is no such setting; did you mean EBFW_OUTPUT?\n")
 
 
 @pytest.mark.parametrize("error", [Unsupported("no bpffs at\n/sys/fs/bpf"), PinError("not ours")])
@@ -109,9 +107,7 @@ def test_errors_are_one_and_one_line(
     assert err == "ebfw: " + " ".join(str(error).split()) + "\n"
 
 
-def test_interrupt_is_quiet(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], calls: object
-) -> None:
+def test_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], calls: object) -> None:
     def interrupt(settings: Settings) -> int:
         raise KeyboardInterrupt
 
@@ -128,9 +124,7 @@ def test_without_root_one_sentence_and_check_still_answers(
     monkeypatch.setattr(
         Path,
         "read_text",
-        lambda path, *rest: (
-            "Name:\tx\nCapEff:\t0000000000000000\n" if path.name == "status" else read(path, *rest)
-        ),
+        lambda path, *rest: "Name:\tx\nCapEff:\t0000000000000000\n" if path.name == "status" else read(path, *rest),
     )
     assert cli.main([]) == 1
     assert "sudo ebfw\n" in capsys.readouterr().err
@@ -141,9 +135,7 @@ def test_without_root_one_sentence_and_check_still_answers(
     assert cli.main([]) == 0
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--nonsense"], ["policy", "test"], ["check", "extra"], ["--conf", "x"]]
-)
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["policy", "test"], ["check", "extra"], ["--conf", "x"]])
 def test_usage_is_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

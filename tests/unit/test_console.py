@@ -51,17 +51,12 @@ def line(given_event: Event) -> str:
             "name=example.com via=dns",
         ),
         (
-            event(
-                CONNECT, dst="2001:db8::1", domain="2001:db8::1", name_source="address", workload=POD, pid=0
-            ),
+            event(CONNECT, dst="2001:db8::1", domain="2001:db8::1", name_source="address", workload=POD, pid=0),
             "CONNECT  10.0.0.5 -> [2001:db8::1]:443  pod=shop/web-1 container=app via=address",
         ),
         (
-            event(
-                CONNECT, workload=POD._replace(pod_name="", namespace="", container_name=""), status="refused"
-            ),
-            "CONNECT  10.0.0.5 -> 93.184.216.34:443  pod=uid:u-1 status=refused proc=curl[42] "
-            "name=example.com via=dns",
+            event(CONNECT, workload=POD._replace(pod_name="", namespace="", container_name=""), status="refused"),
+            "CONNECT  10.0.0.5 -> 93.184.216.34:443  pod=uid:u-1 status=refused proc=curl[42] name=example.com via=dns",
         ),
         (
             event(CLOSE, tx_bytes=1000, rx_bytes=222_222, retransmits=1, rtt=333_000, duration=123_456_789),
@@ -181,9 +176,7 @@ def test_json_has_the_seeds_fields_and_ours() -> None:
 
 
 def test_json_leaves_out_what_is_empty() -> None:
-    bare = Event(
-        CONNECT, 10**18, Workload(0, "", "unknown", ""), 0, "", "", "unknown", "", 0, "", 0, "", "", "", ""
-    )
+    bare = Event(CONNECT, 10**18, Workload(0, "", "unknown", ""), 0, "", "", "unknown", "", 0, "", 0, "", "", "", "")
     assert json.loads(JsonFormat().line(bare)) == {
         "ts": "2001-09-09T01:46:40Z",
         "kind": "connect",
@@ -195,10 +188,7 @@ def test_json_leaves_out_what_is_empty() -> None:
 def test_json_follows_a_workload_that_changes() -> None:
     format_ = JsonFormat(NODE)
     assert json.loads(format_.line(event(TLS, workload=POD)))["pod"]["name"] == "web-1"
-    assert (
-        json.loads(format_.line(event(TLS, workload=POD._replace(pod_name="web-2"))))["pod"]["name"]
-        == "web-2"
-    )
+    assert json.loads(format_.line(event(TLS, workload=POD._replace(pod_name="web-2"))))["pod"]["name"] == "web-2"
     assert "pod" not in json.loads(format_.line(event(TLS)))
     for number in range(10_000):
         format_.line(event(TLS, workload=UNIT._replace(cgroup_id=number)))

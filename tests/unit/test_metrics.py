@@ -157,9 +157,7 @@ def test_total_for_the_node() -> None:
             metrics.add(flow(f"h{n}", workload), Counts(tx_bytes=1, rx_bytes=1), 5)
             metrics.observe(event(workload=workload, domain=f"h{n}"))
     assert sum(read(metrics, c.NETWORK_IO).values()) == 50 * 100 * 2
-    points = [
-        len(list(points)) for metric, points in metrics.snapshot().by_metric() if metric in c.WORKLOAD_METRICS
-    ]
+    points = [len(list(points)) for metric, points in metrics.snapshot().by_metric() if metric in c.WORKLOAD_METRICS]
     assert sum(points) < 600
     assert sum(read(metrics, c.SERIES, "ebfw.metric").values()) < 600
     connects = [p for m, points in metrics.snapshot().by_metric() if m is c.CONNECT_TIME for _, p in points]
@@ -210,9 +208,7 @@ def test_start_time_is_the_kernel_rows_whatever_the_order() -> None:
         metrics, _ = make()
         for start in order:
             metrics.add(flow(port=start), Counts(tx_bytes=1), start)
-        starts = [
-            p.start_ns for m, points in metrics.snapshot().by_metric() if m is c.NETWORK_IO for _, p in points
-        ]
+        starts = [p.start_ns for m, points in metrics.snapshot().by_metric() if m is c.NETWORK_IO for _, p in points]
         assert starts == [5]
 
 
@@ -290,12 +286,7 @@ def test_events_and_attribution() -> None:
 
 
 def histogram(metrics: Metrics, metric: c.Metric) -> dict[tuple[tuple[str, Any], ...], list[Any]]:
-    return {
-        p.attributes: p.value
-        for m, points in metrics.snapshot().by_metric()
-        if m is metric
-        for _, p in points
-    }
+    return {p.attributes: p.value for m, points in metrics.snapshot().by_metric() if m is metric for _, p in points}
 
 
 def test_connect_duration_holds_success_and_failure() -> None:
@@ -529,9 +520,6 @@ def test_names_are_the_conventions() -> None:
     ours = {
         value
         for name, value in vars(c).items()
-        if name.isupper()
-        and isinstance(value, str)
-        and "." in value
-        and not value.startswith(("ebfw.", "otel."))
+        if name.isupper() and isinstance(value, str) and "." in value and not value.startswith(("ebfw.", "otel."))
     } - {c.HOST_NAME, c.SCHEMA_URL, c.HTTP_REQUEST_HEADER}
     assert ours <= known

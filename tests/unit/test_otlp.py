@@ -43,9 +43,7 @@ LOOKUP = EVENT._replace(
 class Rig:
     """An Otlp pointed at the receiver, with counters of its own."""
 
-    def __init__(
-        self, url: str, protocol: str, environ: dict[str, str] | None = None, **options: Any
-    ) -> None:
+    def __init__(self, url: str, protocol: str, environ: dict[str, str] | None = None, **options: Any) -> None:
         self.losses = health.Losses()
         self.resources = Resources("host1", "node1", "1.2.3")
         self.metrics = Metrics(self.resources, losses=self.losses, features=health.Features())
@@ -237,9 +235,7 @@ def test_imports_only_what_was_chosen() -> None:
         ),
     ):
         code = program.replace("ENVIRON", repr(environ))
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
         assert done.stdout.strip() == expected
 
 
@@ -267,9 +263,7 @@ def test_headers_and_compression_reach_the_receiver_and_no_log(
 
 def test_a_refusal_is_retried_after_what_the_receiver_said(receiver: Receiver, protocol: str) -> None:
     receiver.refuse, receiver.retry_after = 1, 1
-    rig = Rig(
-        url(receiver, protocol), protocol, {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
-    )
+    rig = Rig(url(receiver, protocol), protocol, {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"})
     rig.otlp.start()
     started = time.monotonic()
     rig.otlp.emit(EVENT)
@@ -291,9 +285,7 @@ def test_what_no_receiver_takes_is_counted(receiver: Receiver, protocol: str) ->
 
 def test_partial_success_is_counted(receiver: Receiver, protocol: str) -> None:
     receiver.reject = 3
-    rig = Rig(
-        url(receiver, protocol), protocol, {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
-    )
+    rig = Rig(url(receiver, protocol), protocol, {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"})
     rig.otlp.start()
     for _ in range(10):
         rig.otlp.emit(EVENT)
@@ -302,9 +294,7 @@ def test_partial_success_is_counted(receiver: Receiver, protocol: str) -> None:
         3 * len(receiver.requests),
         3 * len(receiver.requests),
     )
-    exported = [
-        p.value for m, points in rig.metrics.snapshot().by_metric() if m is c.EXPORTED for _, p in points
-    ]
+    exported = [p.value for m, points in rig.metrics.snapshot().by_metric() if m is c.EXPORTED for _, p in points]
     assert exported == [10 - 3 * len(receiver.requests)]
 
 
@@ -343,9 +333,7 @@ def test_a_mixed_up_port_gets_one_sentence(caplog: pytest.LogCaptureFixture) -> 
     made = otlp_settings.load({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317"})
     assert made.traces is not None
     assert "OTEL_EXPORTER_OTLP_PROTOCOL=grpc" in made.traces.mix_up
-    made = otlp_settings.load(
-        {"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
-    )
+    made = otlp_settings.load({"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
     assert made.traces is not None
     assert "http/protobuf" in made.traces.mix_up
 
@@ -508,9 +496,7 @@ def test_variables_of_one_signal_win() -> None:
         ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nowhere.pem", "cannot be read"),
     ],
 )
-def test_a_mistake_warns_and_falls_back_d18(
-    key: str, value: str, told: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_mistake_warns_and_falls_back_d18(key: str, value: str, told: str, caplog: pytest.LogCaptureFixture) -> None:
     extra = {"OTEL_TRACES_SAMPLER": "traceidratio"} if key.endswith("_ARG") else {}
     made = otlp_settings.load({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:4318", key: value} | extra)
     assert made.logs is not None

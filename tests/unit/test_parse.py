@@ -87,9 +87,7 @@ def test_what_is_no_request(data: bytes) -> None:
 
 def test_host_comes_from_one_field_only() -> None:
     def host(*fields: bytes) -> str:
-        request = parse_request(
-            b"GET / HTTP/1.1\r\n" + b"".join(field + b"\r\n" for field in fields) + b"\r\n"
-        )
+        request = parse_request(b"GET / HTTP/1.1\r\n" + b"".join(field + b"\r\n" for field in fields) + b"\r\n")
         assert request is not None
         return request.host
 

@@ -110,9 +110,7 @@ def server(metrics: Metrics) -> Iterator[prometheus.Server]:
     running.close()
 
 
-def get(
-    server: prometheus.Server, path: str = "/metrics", **headers: str
-) -> tuple[int, dict[str, str], bytes]:
+def get(server: prometheus.Server, path: str = "/metrics", **headers: str) -> tuple[int, dict[str, str], bytes]:
     request = urllib.request.Request(f"http://{server.host}:{server.port}{path}", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
@@ -210,9 +208,7 @@ def test_a_taken_port_is_an_error_with_a_suggestion(metrics: Metrics) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(
-            SettingsError, match=rf"EBFW_METRICS_ADDR=127.0.0.1:{port}: .*taken.*127.0.0.1:\d+"
-        ):
+        with pytest.raises(SettingsError, match=rf"EBFW_METRICS_ADDR=127.0.0.1:{port}: .*taken.*127.0.0.1:\d+"):
             prometheus.serve("127.0.0.1", port, metrics)
     with pytest.raises(SettingsError, match="cannot listen there"):
         prometheus.serve("192.0.2.77", 0, metrics)

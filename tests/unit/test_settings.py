@@ -172,9 +172,7 @@ def test_file_and_environment(tmp_path: Path) -> None:
     assert load(path, {"EBFW_CGROUP": "/a"}).cgroup == Path("/a")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "# nothing\n", "---\n", "exclude:\n", "exclude: {cidrs: }\ncgroup: null\n"]
-)
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "exclude:\n", "exclude: {cidrs: }\ncgroup: null\n"])
 def test_absent_keys_keep_their_defaults(tmp_path: Path, text: str) -> None:
     assert load(config(tmp_path, text), {}) == Settings()
 

@@ -26,6 +26,7 @@ TALLY_NAMES = {
     ("table", "names_full"): "LOST_NAME_TABLE",
     ("table", "sockets"): "LOST_SOCKET",
     ("decode", "client_hello"): "LOST_HELLO",
+    ("table", "scratch"): "LOST_SCRATCH",
     ("filtered", "connect"): "FILTERED_CONNECT",
     ("filtered", "close"): "FILTERED_CLOSE",
     ("filtered", "tls"): "FILTERED_TLS",
