@@ -33,24 +33,6 @@ INLINE void count_packet(struct __sk_buff *skb, struct traffic *t, int out)
 	}
 }
 
-/* Handshake packets run on the listening socket, which has no one peer and keeps nothing. */
-INLINE void count_on_listener(struct __sk_buff *skb, u16 port, int out)
-{
-	struct flow_key key = {};
-	struct flow_row row = {};
-	struct traffic *t;
-
-	key.cgroup = bpf_skb_cgroup_id(skb);
-	key.transport = PROTO_TCP;
-	key.role = ROLE_SERVER;
-	key.kind = FLOW_INBOUND;
-	key.port = port;
-	find_row(&key, &row);
-	t = stripe(row.slot, row.generation, stride());
-	if (t)
-		count_packet(skb, t, out);
-}
-
 /* Does someone listen where this connection ends here? Then it was accepted. */
 INLINE int has_listener(struct __sk_buff *skb, struct bpf_sock *sk, const struct packet *p, int out)
 {
@@ -114,7 +96,9 @@ INLINE struct socket *adopt(struct __sk_buff *skb, struct bpf_sock *sk, const st
 	}
 	s->role = out || connected ? ROLE_CLIENT : ROLE_SERVER;
 	if (p->transport == PROTO_TCP) {
-		if (state != STATE_CLOSE && state != STATE_SYN_SENT && has_listener(skb, sk, p, out))
+		/* Handshake packets run on the listening socket: its slot is the one of all that it will accept. */
+		if (state == STATE_LISTEN ||
+		    (state != STATE_CLOSE && state != STATE_SYN_SENT && has_listener(skb, sk, p, out)))
 			s->role = ROLE_SERVER;
 		else
 			s->role = ROLE_CLIENT;
@@ -326,7 +310,7 @@ INLINE void tell_datagram(struct socket *s)
 {
 	s->flags |= S_TOLD;
 	if (s->stage != STAGE_DNS)
-		tell_end(s, RECORD_OPENED, OUTCOME_OK, 0, 0);
+		tell_end(s, RECORD_OPENED, OUTCOME_OK, 0, bpf_ktime_get_ns(), 0);
 }
 
 /* The first packet that knows the socket's own cgroup: connect() knew the task's, accept() none. */
@@ -357,29 +341,43 @@ INLINE struct traffic *counters_of(struct socket *s, int *created)
 	return stripe(s->slot, s->generation, s->stride);
 }
 
+/* Where the socket is, as it says itself; what a packet says is the same, and costs a look at the packet. */
+INLINE void set_local(struct socket *s, struct bpf_sock *sk)
+{
+	s->local_port = sk->src_port;
+	if (sk->family == 2) {
+		set_v4(s->local, sk->src_ip4);
+	} else {
+		((u32 *)s->local)[0] = sk->src_ip6[0];
+		((u32 *)s->local)[1] = sk->src_ip6[1];
+		((u32 *)s->local)[2] = sk->src_ip6[2];
+		((u32 *)s->local)[3] = sk->src_ip6[3];
+	}
+}
+
+#define SYN_AT_MOST 120 /* IPv6 header and a full TCP header: a longer SYN carries data (TCP Fast Open) */
+
 INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s)
 {
-	struct packet p;
+	struct packet p = {};
 	struct parcel parcel = {};
 	struct traffic *t;
 	int created = 0;
 
 	sk = bpf_sk_fullsock(sk);
-	if (!sk || parse_packet(skb, skb->len, &p))
+	if (!sk)
 		return 1;
-	if (!s) {
-		if (sk->state == STATE_LISTEN && p.transport == PROTO_TCP) {
-			count_on_listener(skb, p.source_port, OUT);
+	if (!s || !(s->flags & S_CONNECTING) || skb->len > SYN_AT_MOST) {
+		if (parse_packet(skb, skb->len, &p))
 			return 1;
-		}
-		s = adopt(skb, sk, &p, OUT);
+		if (!s)
+			s = adopt(skb, sk, &p, OUT);
 		if (!s)
 			return 1;
 	}
 	if (!s->stride) {
 		set_workload(skb, s);
-		s->local_port = sk->src_port;
-		copy16(s->local, p.source);
+		set_local(s, sk);
 	}
 	if (s->flags & S_RETURN && !(s->flags & S_DETOUR)) {
 		connected_peer(sk, s);
@@ -453,10 +451,6 @@ INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct soc
 	if (!sk || parse_packet(skb, skb->len, &p))
 		return 1;
 	if (!s) {
-		if (sk->state == STATE_LISTEN && p.transport == PROTO_TCP) {
-			count_on_listener(skb, p.dest_port, IN);
-			return 1;
-		}
 		s = adopt(skb, sk, &p, IN);
 		if (!s)
 			return 1;

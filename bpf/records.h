@@ -13,9 +13,12 @@ INLINE u64 wakeup(void)
 	u32 zero = 0;
 	struct settings *settings = bpf_map_lookup_elem(MAP(SETTINGS), &zero);
 
-	if (settings && bpf_ringbuf_query(MAP(RECORDS), BPF_RB_AVAIL_DATA) > settings->wakeup_bytes)
-		return BPF_RB_FORCE_WAKEUP;
-	return BPF_RB_NO_WAKEUP;
+	if (!settings || bpf_ringbuf_query(MAP(RECORDS), BPF_RB_AVAIL_DATA) < settings->wakeup_bytes)
+		return BPF_RB_NO_WAKEUP;
+	/* Above the mark, too, one wake-up every 64 KiB or so is enough: a reader that cannot keep up is awake. */
+	if ((bpf_ringbuf_query(MAP(RECORDS), BPF_RB_PROD_POS) & 0xffff) >= 512)
+		return BPF_RB_NO_WAKEUP;
+	return BPF_RB_FORCE_WAKEUP;
 }
 
 /* The part of a record that every kind has. */

@@ -21,9 +21,9 @@
 #define STATE_CLOSE_WAIT 8
 #define STATE_LISTEN 10
 
-INLINE void tell_end(struct socket *s, u8 kind, u8 outcome, u64 since, u32 rtt_us)
+/* `since`, `now`: CLOCK_MONOTONIC ns; 0 = no duration. */
+INLINE void tell_end(struct socket *s, u8 kind, u8 outcome, u64 since, u64 now, u32 rtt_us)
 {
-	u64 now = bpf_ktime_get_ns();
 	struct record *r;
 
 	if (s->flags & S_EXCLUDED) {
@@ -71,7 +71,7 @@ INLINE void connect_ended(struct socket *s, int kernel_ended)
 		if (c)
 			ADD(c->cancelled, 1);
 	}
-	tell_end(s, RECORD_FAILED, outcome, s->began_ns, 0);
+	tell_end(s, RECORD_FAILED, outcome, s->began_ns, bpf_ktime_get_ns(), 0);
 }
 
 INLINE void opened(struct bpf_sock_ops *ctx, struct socket *s)
@@ -83,7 +83,7 @@ INLINE void opened(struct bpf_sock_ops *ctx, struct socket *s)
 	c = connections_of(s);
 	if (c)
 		ADD(c->opened, 1);
-	tell_end(s, RECORD_OPENED, OUTCOME_OK, s->began_ns, ctx->srtt_us >> 3);
+	tell_end(s, RECORD_OPENED, OUTCOME_OK, s->began_ns, s->opened_ns, ctx->srtt_us >> 3);
 }
 
 INLINE void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
@@ -120,7 +120,7 @@ INLINE void state_changed(struct bpf_sock_ops *ctx, struct socket *s)
 	c = connections_of(s);
 	if (c)
 		ADD(c->closed, 1);
-	tell_end(s, RECORD_CLOSED, outcome, s->opened_ns, ctx->srtt_us >> 3);
+	tell_end(s, RECORD_CLOSED, outcome, s->opened_ns, bpf_ktime_get_ns(), ctx->srtt_us >> 3);
 }
 
 INLINE int tcp_event(struct bpf_sock_ops *ctx)
