@@ -426,19 +426,29 @@ INLINE int packet_out(struct __sk_buff *skb)
 	return packet_out_slow(skb, sk, s);
 }
 
-/* An answer to an unconnected socket counts in the row of whoever sent it, if we asked them. */
+/*
+ * An answer to a socket with several peers counts in the row of whoever sent it, if we asked them. Neither the socket's
+ * peer nor its slot, scope or exclusion is looked at: they are the next datagram's, and sendmsg() may be changing them
+ * while this packet comes in.
+ */
 INLINE struct traffic *counters_of_sender(struct socket *s, const struct packet *p)
 {
-	struct flow_key key;
+	struct destination *found = destination_of(p->source);
+	struct flow_key key = {};
 	struct flow_row *row;
 
-	if (s->flags & S_EXCLUDED || (s->peer_port == p->source_port && same16(s->peer, p->source)))
-		return 0;
-	flow_key_of(s, &key);
-	copy16(key.peer, p->source);
-	key.port = p->source_port;
+	key.cgroup = s->cgroup;
+	key.transport = s->transport;
+	key.role = s->role;
+	key.scope = found ? found->scope : SCOPE_INTERNET;
+	if (found && found->excluded) {
+		key.kind = FLOW_EXCLUDED;
+	} else {
+		key.port = p->source_port;
+		copy16(key.peer, p->source);
+	}
 	row = bpf_map_lookup_elem(MAP(FLOWS), &key);
-	return row ? stripe(row->slot, row->generation, s->stride) : 0;
+	return row ? stripe(row->slot, row->generation, stride()) : 0;
 }
 
 INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s)
@@ -459,12 +469,13 @@ INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct soc
 		set_workload(skb, s);
 	if (s->flags & S_CONNECTING && p.tcp_flags & TCP_FLAG_RST)
 		s->flags |= S_RST;
-	if (s->stage == STAGE_DNS) {
+	/* the stage is the last datagram's; who answers from port 53 was asked before */
+	if (s->stage == STAGE_DNS || (p.transport == PROTO_UDP && p.source_port == 53 && s->role == ROLE_CLIENT)) {
 		struct parcel parcel = {.kind = RECORD_DNS_ANSWER, .offset = p.payload, .length = p.length};
 
 		ship(skb, s, &parcel);
 	}
-	if (s->flags & S_UNCONNECTED && s->stride)
+	if (s->flags & (S_UNCONNECTED | S_DETOUR | S_RETURN))
 		t = counters_of_sender(s, &p);
 	if (!t)
 		t = counters_of(s, &created);
@@ -483,7 +494,7 @@ INLINE int packet_in(struct __sk_buff *skb)
 	if (!sk)
 		return 1;
 	s = known_socket(sk);
-	if (s && s->stage != STAGE_DNS && s->stride && !(s->flags & (S_CONNECTING | S_UNCONNECTED))) {
+	if (s && s->stage != STAGE_DNS && s->stride && !(s->flags & (S_CONNECTING | S_UNCONNECTED | S_DETOUR | S_RETURN))) {
 		t = stripe(s->slot, s->generation, s->stride);
 		if (t) {
 			count_packet(skb, t, IN);

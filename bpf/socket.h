@@ -67,16 +67,22 @@ INLINE void set_v4(u8 *to, u32 v4)
 	*(u32 *)(to + 12) = v4;
 }
 
-/* Scope and exclusion of the peer: one look-up in a trie, once a socket. */
-INLINE void describe(struct socket *s)
+/* Scope and exclusion of an address: one look-up in a trie. */
+INLINE struct destination *destination_of(const u8 *address)
 {
 	struct address_key key = {.prefix_bits = 128};
-	struct destination *found;
 
 	/* the address is 4 bytes into the key, and the stack must not be accessed misaligned */
 	for (int i = 0; i < 4; i++)
-		((u32 *)key.address)[i] = ((u32 *)s->peer)[i];
-	found = bpf_map_lookup_elem(MAP(DESTINATIONS), &key);
+		((u32 *)key.address)[i] = ((const u32 *)address)[i];
+	return bpf_map_lookup_elem(MAP(DESTINATIONS), &key);
+}
+
+/* Once a socket and peer. */
+INLINE void describe(struct socket *s)
+{
+	struct destination *found = destination_of(s->peer);
+
 	s->scope = found ? found->scope : SCOPE_INTERNET;
 	s->flags &= ~S_EXCLUDED;
 	if (found && found->excluded)
@@ -98,8 +104,10 @@ INLINE int take_slot(void *stack, const struct flow_key *key, struct flow_row *r
 	first->taken = 1;
 	row->generation = first->generation;
 	row->since_ns = bpf_ktime_get_ns();
-	if (!bpf_map_update_elem(MAP(FLOWS), (void *)key, row, BPF_NOEXIST))
+	if (!bpf_map_update_elem(MAP(FLOWS), (void *)key, row, BPF_NOEXIST)) {
+		count_tally(FLOWS_MADE);
 		return 0;
+	}
 	/* another CPU was faster, or the table is full */
 	first->taken = 0;
 	bpf_map_push_elem(stack, &row->slot, 0);

@@ -116,7 +116,7 @@ struct settings {
 	__u32 pad;
 };
 
-/* Per-CPU tallies: losses first, then what `exclude` kept from being told. */
+/* Per-CPU tallies: losses first, then what `exclude` kept from being told, then the rest. */
 enum tally {
 	LOST_RING_FULL,     /* a record found no room in the ring */
 	LOST_FLOW_TABLE,    /* no free slot: traffic went to the workload's ~other row */
@@ -128,6 +128,7 @@ enum tally {
 	FILTERED_CONNECT,
 	FILTERED_CLOSE,
 	FILTERED_TLS,
+	FLOWS_MADE, /* rows added to the flow table: where it stands still, there are no new ones to read */
 	TALLIES,
 };
 

@@ -11,7 +11,9 @@ import platform
 import select
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from exporter import __version__
@@ -47,8 +49,11 @@ def run(settings: Settings) -> int:
     kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
     resources = Resources(platform.node(), settings.node_name, __version__, settings.otel)
     metrics = Metrics(resources)
-    server = serve_metrics(settings, metrics)
+    attached = threading.Event()
+    server = serve_metrics(settings, metrics, lambda: "" if attached.is_set() else "the programs are not attached yet")
     try:
+        # A stop while we compile and attach: what is half made is removed, too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         started = time.monotonic()
         kernel.attach(settings.exclude_cidrs, settings.exclude_suffixes)
         log.info(
@@ -57,6 +62,7 @@ def run(settings: Settings) -> int:
             time.monotonic() - started,
             "adopted" if kernel.adopted_programs else "counters adopted" if kernel.adopted_maps else "new",
         )
+        attached.set()
         pipeline = Pipeline(settings, root, kernel, resources, metrics)
         try:
             pipeline.run()
@@ -100,6 +106,8 @@ class Pipeline:
         self.libraries = self._tls_libraries(settings, root)
         self.alive = {workload.cgroup_id: workload for workload in self.workloads.live()}
         self.stopping = False
+        self.watched = inode(kernel.cgroup)
+        self.watching = True
         self.looked_at: set[int] = set()
         self.next_fold = self.next_housekeeping = 0.0
         metrics.gauge("ebfw.build.info", 1, version=__version__, kernel=platform.release())
@@ -183,8 +191,8 @@ class Pipeline:
             wire.SCOPES[key.scope],
             name,
             source,
-            filtered=key.kind == wire.FLOW_EXCLUDED,
-            other=key.kind == wire.FLOW_OTHER,
+            key.kind == wire.FLOW_EXCLUDED,
+            key.kind == wire.FLOW_OTHER,
         )
 
     # --- beside it ------------------------------------------------------------------------------------------------
@@ -192,6 +200,7 @@ class Pipeline:
     def keep_house(self, now: float) -> None:
         """What is over is forgotten; what is new is found; the agent's own numbers."""
         self.clock.set()
+        self._look_after_cgroup()
         self.names.expire(time.monotonic_ns())
         table = self.kernel.flow_table
         if table.free_idle(now, IDLE_FLOW_SECONDS):
@@ -228,6 +237,12 @@ class Pipeline:
         self.looked_at.add(pid)
         if self.libraries is not None:
             self.libraries.look_at(pid)
+
+    def _look_after_cgroup(self) -> None:
+        """The kernel detaches the programs when their cgroup is removed; one that is made again is another."""
+        if self.watching and (not self.watched or inode(self.kernel.cgroup) != self.watched):
+            self.watching = False
+            log.warning("the cgroup %s is gone; nothing is watched until ebfw is started again", self.kernel.cgroup)
 
     def _stop(self, *_: object) -> None:
         self.stopping = True
@@ -275,6 +290,14 @@ class HiddenNames:
         return hidden
 
 
+def inode(path: Path) -> int:
+    """0 where there is nothing."""
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
+
+
 def scope_of(settings: Settings, root: Path) -> Path:
     """The cgroup subtree to watch: what is set, else the whole host."""
     if settings.cgroup is None:
@@ -290,12 +313,12 @@ def scope_of(settings: Settings, root: Path) -> Path:
     return cgroup
 
 
-def serve_metrics(settings: Settings, metrics: Metrics) -> prometheus.Server | None:
+def serve_metrics(settings: Settings, metrics: Metrics, ready: Callable[[], str]) -> prometheus.Server | None:
     """The /metrics server, before anything is attached: a taken port should cost nothing."""
     if settings.metrics_addr is None:
         return None
     host, port = settings.metrics_addr
-    server = prometheus.serve(host, port, metrics)
+    server = prometheus.serve(host, port, metrics, ready)
     log.info("metrics at http://%s:%d/metrics", host or "0.0.0.0", server.port)
     return server
 

@@ -27,11 +27,14 @@ SECOND = 1_000_000_000
 _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
 
 
+# Event(...) sorts 28 arguments by name, at three times the cost; hence tuples in the order of its fields.
+_new = tuple.__new__
+assert len(Event._fields) == 28
+
+
 class _Query(NamedTuple):
     sighting: Sighting
     who: Workload
-    name: str
-    type: str
 
 
 class _Head:
@@ -59,7 +62,7 @@ class Join:
     ) -> None:
         self._who, self._name_of, self._learned, self._learn = who, name_of, learned, learn
         self._hidden, self._to_wall = hidden, to_wall
-        self._queries: OrderedDict[tuple[int, int, str, str], _Query] = OrderedDict()
+        self._queries: OrderedDict[tuple[int, bytes], _Query] = OrderedDict()
         self._heads: OrderedDict[int, _Head] = OrderedDict()
         self._read = {
             decode.OPENED: self._connection,
@@ -86,7 +89,8 @@ class Join:
     def name(self, who: Workload, identity: int, address: str, now: int) -> tuple[str, str]:
         """What a peer is called, and whence the name: shown name, learned name, address. `now`: monotonic ns."""
         if identity:
-            shown = self._name_of(identity)
+            # Counters pass no redaction: what a Host line has before an @ is not for them either.
+            shown = self._name_of(identity).rpartition("@")[2]
             if shown:
                 return shown, _SOURCES.get(identity & 3, events.SNI)
         learned = self._learned(who, address, now)
@@ -95,107 +99,175 @@ class Join:
     # --- connections ----------------------------------------------------------------------------------------------
 
     def _connection(self, s: Sighting) -> Event:
-        closed = s.kind == decode.CLOSED
-        who = self._who(s.cgroup)
-        domain, source = self.name(who, s.name, s.peer, s.time)
-        duration = s.duration if s.transport == "tcp" else None
-        if closed and self._heads.pop(s.cookie, None) is not None:
+        (
+            kind,
+            time,
+            cgroup,
+            cookie,
+            identity,
+            pid,
+            comm,
+            transport,
+            role,
+            scope,
+            local,
+            local_port,
+            peer,
+            port,
+            outcome,
+            _,
+            lasted,
+            tx_bytes,
+            rx_bytes,
+            retransmits,
+            rtt_us,
+            _,
+            _,
+        ) = s
+        closed = kind == decode.CLOSED
+        who = self._who(cgroup)
+        domain, source = self.name(who, identity, peer, time)
+        if closed and (head := self._heads.pop(cookie, None)) is not None and parse_request(head.data):
             losses.add("join", "head_unfinished")  # it waited for its end, and has none
-        return Event(
-            events.CLOSE if closed else events.CONNECT,
-            self._to_wall(s.time if closed else s.time - s.duration),
-            who,
-            s.pid,
-            s.comm,
-            s.transport,
-            s.role,
-            s.local,
-            s.local_port,
-            s.peer,
-            s.port,
-            s.scope,
-            domain,
-            source,
-            s.outcome,
-            duration,
-            s.tx_bytes,
-            s.rx_bytes,
-            s.retransmits,
-            s.rtt_us * 1000 or None,
-            cookie=s.cookie,
-            filtered=source != events.ADDRESS and self._hidden(domain),
+        return _new(
+            Event,
+            (
+                events.CLOSE if closed else events.CONNECT,
+                self._to_wall(time if closed else time - lasted),
+                who,
+                pid,
+                comm,
+                transport,
+                role,
+                local,
+                local_port,
+                peer,
+                port,
+                scope,
+                domain,
+                source,
+                outcome,
+                lasted if transport == "tcp" else None,
+                tx_bytes,
+                rx_bytes,
+                retransmits,
+                rtt_us * 1000 or None,
+                "",
+                (),
+                "",
+                "",
+                (),
+                "",
+                cookie,
+                source != events.ADDRESS and self._hidden(domain),
+            ),
         )
 
-    def _event(self, kind: str, s: Sighting, domain: str, source: str, status: str = "", **more: object) -> Event:
-        return Event(
-            kind,
-            self._to_wall(s.time),
-            more.pop("who", None) or self._who(s.cgroup),  # type: ignore[arg-type]  # a Workload
-            s.pid,
-            s.comm,
-            s.transport,
-            s.role,
-            s.local,
-            s.local_port,
-            s.peer,
-            s.port,
-            s.scope,
-            domain,
-            source,
-            status,
-            cookie=s.cookie,
-            filtered=source != events.ADDRESS and self._hidden(domain),
-            **more,  # type: ignore[arg-type]  # fields of Event
+    def _event(
+        self,
+        kind: str,
+        s: Sighting,
+        who: Workload,
+        domain: str,
+        source: str,
+        status: str = "",
+        duration: int | None = None,
+        dns_type: str = "",
+        answers: tuple[str, ...] = (),
+        method: str = "",
+        path: str = "",
+        headers: tuple[tuple[str, str], ...] = (),
+        proxy: str = "",
+    ) -> Event:
+        return _new(
+            Event,
+            (
+                kind,
+                self._to_wall(s.time),
+                who,
+                s.pid,
+                s.comm,
+                s.transport,
+                s.role,
+                s.local,
+                s.local_port,
+                s.peer,
+                s.port,
+                s.scope,
+                domain,
+                source,
+                status,
+                duration,
+                0,
+                0,
+                0,
+                None,
+                dns_type,
+                answers,
+                method,
+                path,
+                headers,
+                proxy,
+                s.cookie,
+                source != events.ADDRESS and self._hidden(domain),
+            ),
         )
 
     # --- DNS ------------------------------------------------------------------------------------------------------
 
+    # A query is parsed when its answer comes, or when none does: the two have the same question, byte for byte but
+    # for case, and the answer is parsed anyway.
+
     def _query(self, s: Sighting) -> Event | None:
-        message = parse_dns(s.payload)
-        if message is None or message.is_response:
+        place = _question(s, 0)
+        if place is None:
             losses.add("decode", "dns")
             return None
-        place = (s.cookie, message.id, message.qname, message.qtype)
         if place in self._queries:  # asked again: the first question's time counts
             return None
-        self._queries[place] = _Query(s, self._who(s.cgroup), message.qname, message.qtype)
+        self._queries[place] = _Query(s, self._who(s.cgroup))
         if len(self._queries) > QUERIES:
             losses.add("join", "queries_full")
             self._queries.popitem(last=False)
         return None
 
     def _answer(self, s: Sighting) -> Event | None:
-        message = parse_dns(s.payload)
-        if message is None or not message.is_response:
+        place = _question(s, 0x80)
+        if place is None:
             losses.add("decode", "dns")
             return None
-        query = self._queries.pop((s.cookie, message.id, message.qname, message.qtype), None)
+        query = self._queries.get(place)
         if query is None:  # a second answer, one to a question before our time, or a forged one: nothing is learned
             losses.add("join", "answer_without_query")
             return None
-        addresses = [(a.data, a.ttl) for a in message.answers if a.type in ("A", "AAAA")]
+        message = parse_dns(s.payload)
+        if message is None:
+            losses.add("decode", "dns")
+            return None
+        del self._queries[place]
+        who, asked = query.who, query.sighting
+        addresses = [(data, ttl) for _, kind, ttl, data in message.answers if kind in ("A", "AAAA")]
         if addresses:
-            self._learn(query.who, query.name, addresses, s.time)
+            self._learn(who, message.qname, addresses, s.time)
         return self._event(
             events.DNS,
-            query.sighting,
-            query.name,
+            asked,
+            who,
+            message.qname,
             events.DNS_ANSWER,
             message.rcode,
-            who=query.who,
-            duration=s.time - query.sighting.time,
-            dns_type=query.type,
-            answers=tuple(answer.data for answer in message.answers if answer.data),
+            s.time - asked.time,
+            message.qtype,
+            tuple([answer.data for answer in message.answers if answer.data]),
         )
 
     # --- names and requests ---------------------------------------------------------------------------------------
 
     def _hello(self, s: Sighting) -> Event:
         name = s.payload[::-1].decode("ascii", "backslashreplace").rstrip(".").lower()
-        if not name:
-            domain, source = self.name(self._who(s.cgroup), 0, s.peer, s.time)
-            return self._event(events.TLS, s, domain, source, proxy=self._proxy(s))
-        return self._event(events.TLS, s, name, events.SNI, proxy=self._proxy(s))
+        who = self._who(s.cgroup)
+        name, source = (name, events.SNI) if name else self.name(who, 0, s.peer, s.time)
+        return self._event(events.TLS, s, who, name, source, proxy=self._proxy(s))
 
     def _proxy(self, s: Sighting) -> str:
         return f"{s.peer}:{s.port}" if s.flags & decode.PROXIED else ""
@@ -215,13 +287,11 @@ class Join:
             head = _Head(s)
         head.data += s.payload
         request = parse_request(head.data)
-        if request is None:
-            self._heads.pop(s.cookie, None)
-            if head.first.offset == 0 and not head.data[:1].isalpha():
-                losses.add("decode", "http_head")
+        ended = s.flags & (decode.TRUNCATED | decode.HEAD_END) or len(head.data) >= HEAD_BYTES
+        if request is None and (ended or b"\n" in head.data):
+            self._heads.pop(s.cookie, None)  # it has a whole first line, and that is no request line
             return None
-        whole = not request.truncated or s.flags & (decode.TRUNCATED | decode.HEAD_END)
-        if not whole and len(head.data) < HEAD_BYTES:
+        if not ended and (request is None or request.truncated):
             self._heads[s.cookie] = head
             if len(self._heads) > HEADS:
                 losses.add("join", "heads_full")
@@ -249,9 +319,9 @@ class Join:
         return self._event(
             kind,
             s,
+            who,
             domain,
             source,
-            who=who,
             method=request.method,
             path=path,
             headers=request.headers,
@@ -268,22 +338,46 @@ class Join:
             if now - query.sighting.time < QUERY_SECONDS * SECOND:
                 break
             del self._queries[place]
+            message = parse_dns(query.sighting.payload)
+            if message is None:
+                losses.add("decode", "dns")
+                continue
             yield self._event(
                 events.DNS,
                 query.sighting,
-                query.name,
+                query.who,
+                message.qname,
                 events.DNS_ANSWER,
                 "timeout",
-                who=query.who,
-                duration=now - query.sighting.time,
-                dns_type=query.type,
+                now - query.sighting.time,
+                message.qtype,
             )
         while self._heads:
             cookie, head = next(iter(self._heads.items()))
             if now - head.time < HEAD_SECONDS * SECOND:
                 break
             del self._heads[cookie]
+            if not parse_request(head.data):  # letters that became no request line
+                continue
             losses.add("join", "head_unfinished")
             event = self._request(events.HTTP, head.first, head.data)
             if event is not None:
                 yield event
+
+
+def _question(s: Sighting, response: int) -> tuple[int, bytes] | None:
+    """What a query and its answer have in common: socket, id, question (RFC 1035 section 4.1; the name in lower case,
+    since resolvers play with it and servers may not play along). None where the message is not a standard one with
+    one question, or no `response` (bit QR)."""
+    data = s.payload
+    at = 12
+    try:
+        if data[2] & 0xF8 != response or data[4] or data[5] != 1:
+            return None
+        while length := data[at]:
+            at += length + 1
+    except IndexError:
+        return None
+    if len(data) < at + 5:
+        return None
+    return s.cookie, data[:2] + data[12:at].lower() + data[at : at + 5]

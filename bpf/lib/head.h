@@ -60,24 +60,28 @@ INLINE u64 if_empty_line(struct inspection *in, u64 marks, u64 here, u64 next)
 				  (if_zero((next & 0xff) ^ '\n') & if_at_most(1, left)));
 }
 
-/* Lines end where the word at piece[i] is marked: does the Host follow, or the end of the head? */
-INLINE void head_word(struct inspection *in, u64 marks, u64 i)
+/* A line ends at piece[here], if `mark` is not zero: does the Host follow, or the end of the head? */
+INLINE void head_line(struct inspection *in, u64 mark, u64 here)
 {
-	u64 here = i + lowest_byte(marks), next, host, value;
+	u64 next, host, value;
 
 	BOUND(here, 127);
 	next = *(u64 *)(in->piece + here + 1);
 	/* "host:" in any case: 0x20 changes neither a lower-case letter nor the colon */
-	host = ~if_zero(marks) & if_zero(((next | BYTES(0x20)) & 0xffffffffffULL) ^ 0x3a74736f68ULL);
+	host = ~if_zero(mark) & if_zero(((next | BYTES(0x20)) & 0xffffffffffULL) ^ 0x3a74736f68ULL);
 	host &= if_at_most(here + 7, CARRY + in->fresh) & if_zero(in->want | in->ended);
 	/* a blank before the value is skipped: its mask is -1 */
 	value = in->next - CARRY + here + 6 - (if_zero((next >> 40 & 0xff) ^ ' ') | if_zero((next >> 40 & 0xff) ^ '\t'));
 	in->want |= value & host;
-	in->ended |= if_empty_line(in, marks, here, next) & 1;
-	marks &= marks - 1; /* the empty line may begin and end in one word */
-	here = i + lowest_byte(marks);
-	BOUND(here, 127);
-	in->ended |= if_empty_line(in, marks, here, *(u64 *)(in->piece + here + 1)) & 1;
+	in->ended |= if_empty_line(in, mark, here, next) & 1;
+}
+
+/* Lines end where the word at piece[i] is marked. Two may: an empty line, or one as short as "A: b". */
+INLINE void head_word(struct inspection *in, u64 marks, u64 i)
+{
+	head_line(in, marks, i + lowest_byte(marks));
+	marks &= marks - 1;
+	head_line(in, marks, i + lowest_byte(marks));
 }
 
 /*

@@ -125,6 +125,8 @@ class Otlp:
             worker.join(max(0.0, deadline - time.monotonic()))
         for worker in self._workers:
             worker.abort()
+        for worker in self._workers:
+            worker.finish()
         self._workers = []
 
     def _add(self, endpoint: Endpoint, work: _Batches[Event] | _Batches[Note] | _Pushes) -> None:
@@ -327,6 +329,9 @@ class _Worker:
         """Give up what is being sent and what waits."""
         self._aborted = True
         self._sender.close()
+
+    def finish(self) -> None:
+        """The end of `abort`, once all have been told: one receiver's silence is not waited for three times."""
         self._thread.join(1.0)
         # The thread has counted what it still found, unless the receiver holds it.
         if self._thread.is_alive() and (left := self._work.waiting()):

@@ -7,10 +7,12 @@ In: the C sources and nothing else. Out: for each entry function its instruction
 from __future__ import annotations
 
 import base64
+import ctypes
 import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,12 +66,18 @@ def compile_programs() -> dict[str, bytes]:
     ]
     code: dict[str, bytes] = {}
     failure = ""
-    for child in children:
-        out, err = child.communicate()
-        if child.returncode:
-            failure = failure or _explain(err)
-        else:
-            code.update((name, base64.b64decode(text)) for name, text in json.loads(out).items())
+    try:
+        for child in children:
+            out, err = child.communicate()
+            if child.returncode:
+                failure = failure or _explain(err)
+            else:
+                code.update((name, base64.b64decode(text)) for name, text in json.loads(out).items())
+    finally:
+        for child in children:
+            if child.poll() is None:  # we were told to stop meanwhile
+                child.kill()
+                child.wait()
     if failure:
         raise KernelError(failure)
     return code
@@ -97,6 +105,8 @@ def _compile_here(part: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    # PR_SET_PDEATHSIG: an agent that ends or is killed meanwhile leaves nobody at work behind.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     result = json.dumps(_compile_here(int(sys.argv[1])))
     sys.stdout.write(result)
     sys.stdout.flush()

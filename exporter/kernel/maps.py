@@ -109,7 +109,8 @@ class Row(NamedTuple):
 _TRAFFIC = struct.Struct("<QQQQII")
 _CONNECTIONS = struct.Struct("<8Q")
 _ZERO = (0,) * 12
-_BLOCK = 256  # slots compared at once
+_MADE = wire.TALLIES.index(("made", "flows"))
+_BLOCK, _GROUP = 256, 8  # slots compared at once, and where they differ, again
 
 
 class _Live:
@@ -139,6 +140,8 @@ class FlowTable:
         self._live: dict[int, _Live] = {0: _Live(FlowKey(0, 0, bytes(16), 0, 0, 0, 0, wire.FLOW_OTHER, 0), 0, 0, 0.0)}
         self._leaving: dict[int, _Live] = {}
         self._before: list[bytes] = []
+        self._fresh: list[int] = []
+        self._made = -1
         self.first_read = True
 
     def __len__(self) -> int:
@@ -150,11 +153,12 @@ class FlowTable:
         `now`: seconds, any monotonic clock. `since_start`: CLOCK_MONOTONIC ns that the node-wide row counts from."""
         rows: list[Row] = []
         self._live[0].since = self._live[0].since or since_start
-        self._finish_leaving(rows)
-        self._discover(now)
         if self.first_read:
             self.first_read = False
+            # Before the slots that recover() found are folded, or these would count twice.
             self._take_folded(rows, since_start)
+        self._finish_leaving(rows)
+        self._discover(now)
         for slot in self._changed_slots():
             live = self._live.get(slot)
             if live is not None:
@@ -163,18 +167,20 @@ class FlowTable:
 
     def _discover(self, now: float) -> None:
         """New rows, and rows that have taken a slot over."""
+        made = read_tallies(self._fds["tallies"])[_MADE]  # before the table: what is made meanwhile counts next time
+        if made == self._made:
+            return
+        self._made = made
         live, key_size = self._live, wire.FLOW_KEY.size
         unpack_key = wire.FLOW_KEY.unpack_from
-        seen = 1
         for keys, values, count in self._reader.chunks():
-            seen += count
             for index, (slot, generation, since) in enumerate(
                 wire.FLOW_ROW.iter_unpack(values[: count * wire.FLOW_ROW.size])
             ):
                 known = live.get(slot)
                 if known is None or known.generation != generation:
                     live[slot] = _Live(FlowKey._make(unpack_key(keys, index * key_size)), generation, since, now)
-                    self._before = []  # whatever the slot holds is new to us
+                    self._fresh.append(slot)  # whatever it holds is new to us
 
     def _changed_slots(self) -> list[int]:
         """Slots in blocks of memory that differ from the last read. Only slots up to the highest in use are
@@ -185,16 +191,25 @@ class FlowTable:
         now.append(self._connections[: top * _CONNECTIONS.size])
         before, self._before = self._before, now
         self._now = now
-        if [len(part) for part in before] != [len(part) for part in now]:
-            return list(range(top))
-        changed: list[int] = []
-        for first in range(0, top, _BLOCK):
-            after = min(first + _BLOCK, top)
-            for old, new in zip(before, now, strict=True):
-                width = _CONNECTIONS.size if new is now[-1] else size
-                if old[first * width : after * width] != new[first * width : after * width]:
-                    changed.extend(range(first, after))
-                    break
+        old_top = min(len(before[-1]) // _CONNECTIONS.size, top) if before else 0
+        changed = [slot for slot in self._fresh if slot < old_top]
+        changed.extend(range(old_top, top))
+        self._fresh.clear()
+        widths = [size] * wire.STRIPES + [_CONNECTIONS.size]
+        for first in range(0, old_top, _BLOCK):
+            after = min(first + _BLOCK, old_top)
+            parts = [
+                (old, new, width)
+                for old, new, width in zip(before, now, widths, strict=True)
+                if old[first * width : after * width] != new[first * width : after * width]
+            ]
+            if parts:
+                for group in range(first, after, _GROUP):
+                    end = group + _GROUP
+                    for old, new, width in parts:
+                        if old[group * width : end * width] != new[group * width : end * width]:
+                            changed.extend(range(group, min(end, after)))
+                            break
         return changed
 
     def _totals(self, parts: list[bytes], slot: int) -> tuple[int, ...]:
@@ -344,10 +359,15 @@ def forwards(reversed_name: bytes) -> str:
     return reversed_name.split(b"\0", 1)[0].rstrip(b".")[::-1].decode("ascii", "backslashreplace")
 
 
+def possible_cpus() -> int:
+    """How many values a per-CPU map has for each key."""
+    with open("/sys/devices/system/cpu/possible", encoding="ascii") as text:
+        return int(text.read().strip().replace(",", "-").split("-")[-1]) + 1
+
+
 def read_tallies(fd: int) -> list[int]:
     """Sums over all possible CPUs, in the order of enum tally."""
-    with open("/sys/devices/system/cpu/possible", encoding="ascii") as text:
-        cpus = int(text.read().strip().replace(",", "-").split("-")[-1]) + 1
+    cpus = possible_cpus()
     totals = []
     for index in range(len(wire.TALLIES)):
         raw = bpf.map_lookup(fd, struct.pack("<I", index), 8 * cpus) or bytes(8)

@@ -6,17 +6,20 @@ the agent at a clean exit, or `ebfw detach`. A mount that ebfw did not make is l
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from exporter.errors import NotPermitted, PinError
+from exporter.errors import KernelError, NotPermitted, PinError
 from exporter.kernel import bpf
 
 _SYSTEM = Path("/sys/fs/bpf")
-_MARK = "ebfw-mounted"  # a folder in /sys/fs/bpf: we mounted it
+_MARK = "ebfw-mounted"  # a folder in the root of a bpffs: we mounted it
+_KERNELS_OWN = ("maps.debug", "progs.debug")  # on a fresh bpffs, where the kernel was built with BPF_PRELOAD
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -50,17 +53,36 @@ def prepare(path: Path) -> None:
     """Make sure that `path` is a folder on a bpffs."""
     try:
         if mounted_at(path) is None:
-            if _SYSTEM in path.parents and _SYSTEM.is_dir():
-                _mount(_SYSTEM)
-                (_SYSTEM / _MARK).mkdir()
-            else:
-                path.mkdir(parents=True, exist_ok=True)
-                _mount(path)
+            target = _SYSTEM if _SYSTEM in path.parents and _SYSTEM.is_dir() else path
+            new = not target.exists()
+            target.mkdir(parents=True, exist_ok=True)
+            try:
+                _mount(target)
+            except KernelError:
+                if new:
+                    _remove_folder(target)
+                raise
+            (target / _MARK).mkdir()
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
     except PermissionError as error:
         raise NotPermitted(f"cannot make {path}: {error.strerror}. Run as root, or set EBFW_BPF_PIN_PATH.") from None
     except OSError as error:
         raise PinError(f"cannot pin below {path}: {error.strerror}. Set EBFW_BPF_PIN_PATH to another path.") from None
+
+
+def problem(path: Path) -> str:
+    """What keeps us from pinning below the path, tried out without leaving anything there; "" for nothing."""
+    try:
+        point = mounted_at(path)
+        with tempfile.TemporaryDirectory(prefix="ebfw_check_", dir=point) as folder:
+            if point is None:
+                _mount(Path(folder))
+                _unmount(Path(folder))
+    except OSError as error:
+        return f"cannot pin below {path}: {error.strerror}"
+    except KernelError as error:
+        return str(error)
+    return ""
 
 
 def entries(path: Path) -> list[Path]:
@@ -106,6 +128,7 @@ class Lock:
 
 def remove(path: Path, before_unmount: Callable[[], None] = lambda: None) -> list[str]:
     """Detach every link below the path, remove every pin, and unmount what ebfw mounted. The names of what went.
+    What others keep in the folder or on the file system stays, and so do these.
 
     `before_unmount` lets go of descriptors on the file system, which would keep it busy."""
     point = mounted_at(path)
@@ -114,14 +137,19 @@ def remove(path: Path, before_unmount: Callable[[], None] = lambda: None) -> lis
         return []
     gone = remove_entries(path)
     before_unmount()
-    if point == path:
-        _unmount(path)
-    path.rmdir()
-    system = {entry.name for entry in _SYSTEM.iterdir()} if point == _SYSTEM else set()
-    if _MARK in system and not any(entry.is_dir() and entry.name != _MARK for entry in _SYSTEM.iterdir()):
-        (_SYSTEM / _MARK).rmdir()
-        _unmount(_SYSTEM)
+    if point != path:
+        _remove_folder(path)
+    names = {entry.name for entry in point.iterdir()}
+    if _MARK in names and not names - {_MARK, *_KERNELS_OWN}:
+        _unmount(point)
+        if point == path:
+            _remove_folder(path)
     return gone
+
+
+def _remove_folder(path: Path) -> None:
+    with contextlib.suppress(OSError):  # somebody else's things are in it
+        path.rmdir()
 
 
 def _unmount(path: Path) -> None:

@@ -52,7 +52,9 @@ def report(
     for text in _hybrid_limits():
         r.fact("hybrid cgroups", text)
     point = pins.mounted_at(pin_path)
-    r.fact("bpffs", f"mounted at {point}" if point else f"not mounted; ebfw mounts it for {pin_path}")
+    where = f"mounted at {point}" if point else f"not mounted; ebfw mounts it for {pin_path}"
+    refused = pins.problem(pin_path)
+    r.line("bpffs", not refused, refused or where, needed=True)
     r.fact("lockdown", _word("/sys/kernel/security/lockdown"))
     r.fact("memlock", _memlock())
     r.line("root", os.geteuid() == 0, "" if os.geteuid() == 0 else "the following may fail for want of it")

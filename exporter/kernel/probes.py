@@ -293,7 +293,8 @@ class Kernel:
 
     def tallies(self) -> dict[tuple[str, str], int]:
         """Losses by (stage, cause), and ("filtered", kind): totals since the maps were made."""
-        return dict(zip(wire.TALLIES, maps.read_tallies(self.maps["tallies"]), strict=True))
+        totals = zip(wire.TALLIES, maps.read_tallies(self.maps["tallies"]), strict=True)
+        return {cause: total for cause, total in totals if cause[0] != "made"}
 
     def memory(self) -> dict[str, int]:
         """Bytes by map, as the kernel accounts them."""

@@ -37,7 +37,7 @@ ROLES = ("unknown", "client", "server")
 SCOPES = ("internet", "loopback", "private", "link_local")
 FLOW_PEER, FLOW_INBOUND, FLOW_EXCLUDED, FLOW_OTHER = range(4)
 
-# enum tally -> (stage, cause) of a loss, or the kind of what `exclude` hid
+# enum tally -> (stage, cause) of a loss, the kind of what `exclude` hid, or what was made
 TALLIES = (
     ("ring", "full"),
     ("table", "flows_full"),
@@ -49,6 +49,7 @@ TALLIES = (
     ("filtered", "connect"),
     ("filtered", "close"),
     ("filtered", "tls"),
+    ("made", "flows"),
 )
 
 (

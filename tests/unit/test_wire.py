@@ -30,6 +30,7 @@ TALLY_NAMES = {
     ("filtered", "connect"): "FILTERED_CONNECT",
     ("filtered", "close"): "FILTERED_CLOSE",
     ("filtered", "tls"): "FILTERED_TLS",
+    ("made", "flows"): "FLOWS_MADE",
 }
 
 
