@@ -1,0 +1,151 @@
+"""Bytes to measure with: Ethernet frames for BPF_PROG_TEST_RUN, and records as the kernel side writes them.
+
+In: names and numbers. Out: bytes. Not its job: being hard to parse; tests/unit has the odd ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import struct
+from collections.abc import Sequence
+
+from exporter.kernel import wire
+
+CLIENT = "203.0.113.1"
+HTTP = b"GET /v1/items/42?page=2 HTTP/1.1\r\nHost: api.example\r\nUser-Agent: bench/1\r\nAccept: */*\r\n\r\n"
+
+
+def _ip4(protocol: int, destination: str, payload: bytes, source: str = CLIENT) -> bytes:
+    head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(payload), 0, 0x4000, 64, protocol, 0)
+    addresses = ipaddress.IPv4Address(source).packed + ipaddress.IPv4Address(destination).packed
+    return bytes(12) + b"\x08\x00" + head + addresses + payload
+
+
+def tcp(payload: bytes, destination: str = "198.51.100.7", port: int = 443) -> bytes:
+    return _ip4(
+        6,
+        destination,
+        struct.pack(">HHIIBBHHH", 40000, port, 1000, 1, 0x80, 0x18, 512, 0, 0) + bytes(12) + payload,
+    )
+
+
+def udp(payload: bytes, destination: str = "198.51.100.53", port: int = 53) -> bytes:
+    return _ip4(17, destination, struct.pack(">HHHH", 40000, port, 8 + len(payload), 0) + payload)
+
+
+def _labels(name: str) -> bytes:
+    return b"".join(bytes([len(label)]) + label.encode() for label in name.split(".")) + b"\0"
+
+
+def dns_query(name: str, ident: int = 1) -> bytes:
+    return struct.pack(">HHHHHH", ident, 0x0100, 1, 0, 0, 0) + _labels(name) + struct.pack(">HH", 1, 1)
+
+
+def dns_answer(name: str, addresses: Sequence[str], ident: int = 1) -> bytes:
+    body = struct.pack(">HHHHHH", ident, 0x8180, 1, len(addresses), 0, 0) + _labels(name) + struct.pack(">HH", 1, 1)
+    for address in addresses:
+        body += struct.pack(">HHHIH", 0xC00C, 1, 1, 60, 4) + ipaddress.IPv4Address(address).packed
+    return body
+
+
+def client_hello(name: str, size: int = 1700) -> bytes:
+    """A TLS 1.3 ClientHello (RFC 8446 section 4.1.2) of `size` bytes, record header included: a post-quantum key
+    share of 1,216 bytes, padding (RFC 7685), the name last."""
+
+    def extension(kind: int, body: bytes) -> bytes:
+        return struct.pack(">HH", kind, len(body)) + body
+
+    noise = hashlib.sha256(name.encode()).digest() * 60
+    share = struct.pack(">HH", 0x11EC, 1216) + noise[:1216] + struct.pack(">HH", 0x001D, 32) + noise[:32]
+    server_name = extension(0, struct.pack(">HBH", len(name) + 3, 0, len(name)) + name.encode())
+    before = (
+        extension(43, b"\2\x03\x04")
+        + extension(13, struct.pack(">HH", 2, 0x0403))
+        + extension(10, struct.pack(">HHH", 4, 0x11EC, 0x1D))
+        + extension(51, struct.pack(">H", len(share)) + share)
+    )
+    fixed = b"\x03\x03" + noise[:32] + b"\x20" + noise[:32] + struct.pack(">HHHH", 6, 0x1301, 0x1302, 0x1303) + b"\1\0"
+    missing = size - 9 - len(fixed) - 2 - len(before) - len(server_name) - 4
+    if missing < 0:
+        raise ValueError(f"a hello of {size} bytes has no room for this")
+    extensions = before + extension(21, bytes(missing)) + server_name
+    body = fixed + struct.pack(">H", len(extensions)) + extensions
+    handshake = b"\x01" + len(body).to_bytes(3, "big") + body
+    return b"\x16\x03\x01" + struct.pack(">H", len(handshake)) + handshake
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+class Talk:
+    """One flow of a synthetic node: a workload asks for a name, connects to what it got, says it in TLS, closes."""
+
+    def __init__(self, number: int, cgroup: int) -> None:
+        self.number, self.cgroup = number, cgroup
+        self.name = f"service-{number}.bench{number % 97}.example"
+        self.address = str(ipaddress.IPv4Address("198.18.0.0") + number)  # RFC 2544, benchmarking
+        self.second = str(ipaddress.IPv4Address("198.19.0.0") + number)
+        self.name_id = (number + 1) * 0x9E3779B97F4A7C15 % (1 << 62) << 2 | wire.NAME_FROM_SNI
+        self.peer = bytes(10) + b"\xff\xff" + ipaddress.IPv4Address(self.address).packed
+
+    def reversed_name(self) -> bytes:
+        return self.name.encode()[::-1] + b"."
+
+    def _record(self, kind: int, transport: int, peer: bytes, port: int, **more: int) -> bytes:
+        return wire.RECORD.pack(
+            0,
+            self.cgroup,
+            self.number * 2 + 1 + (transport == 17),
+            more.get("name", 0),
+            bytes(10) + b"\xff\xff" + ipaddress.IPv4Address(CLIENT).packed,
+            peer,
+            b"curl".ljust(16, b"\0"),
+            1000 + self.number % 50,
+            32768 + self.number % 28000,
+            port,
+            kind,
+            transport,
+            1,  # client
+            0,
+            more.get("outcome", 0),
+            0,
+            more.get("length", 0),
+            more.get("duration", 0),
+            more.get("tx", 0),
+            more.get("rx", 0),
+            0,
+            more.get("rtt", 0),
+            0,
+            0,
+        )
+
+    def records(self) -> list[bytes]:
+        """Query, answer, opened, hello, closed: what a connection to a name costs, in the sizes of bpf/records.h."""
+        resolver = bytes(10) + b"\xff\xff" + ipaddress.IPv4Address("198.51.100.53").packed
+        query = dns_query(self.name, self.number & 0xFFFF)
+        answer = dns_answer(self.name, [self.address, self.second], self.number & 0xFFFF)
+        name = self.reversed_name()
+        return [
+            self._record(wire.RECORD_DNS_QUERY, 17, resolver, 53, length=len(query)) + query.ljust(64, b"\0"),
+            self._record(wire.RECORD_DNS_ANSWER, 17, resolver, 53, length=len(answer)) + answer.ljust(256, b"\0"),
+            self._record(wire.RECORD_OPENED, 6, self.peer, 443, outcome=1, duration=800_000 + self.number),
+            self._record(wire.RECORD_HELLO, 6, self.peer, 443, name=self.name_id, length=len(name))
+            + name.ljust(64, b"\0"),
+            self._record(
+                wire.RECORD_CLOSED,
+                6,
+                self.peer,
+                443,
+                name=self.name_id,
+                outcome=1,
+                duration=30_000_000,
+                tx=900,
+                rx=5000,
+                rtt=700 + self.number % 100,
+            ),
+        ]
+
+
+def talks(count: int, cgroups: Sequence[int]) -> list[Talk]:
+    return [Talk(number, cgroups[number % len(cgroups)]) for number in range(count)]

@@ -1,0 +1,212 @@
+"""What the agent's process uses: CPU at a steady rate of records, memory after a million of them.
+
+Records are written into the agent's own ring by a BPF program, at a steady pace, in the sizes and the mix of
+connections to names: DNS query, answer, opened, ClientHello, closed. The counters of their flows move as well. Time
+and memory are what the kernel says of the process. What is lost makes the measurement void.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from bench.feed import AgentMaps, Feed
+from bench.packets import Talk, talks
+from bench.raw import Producer
+from bench.report import Row, progress, single
+from bench.world import REPOSITORY, Agent, cpus, pin_path, pinned_to
+from exporter.kernel import bpf
+from exporter.kernel.ring import Ring
+from lab import Cgroup, LabError
+
+_MAPS = ("records", "names", "flows", "traffic", "connections", "free_slots", "tallies")
+_TICK = 0.01
+
+
+def cpu_rows(quick: bool) -> Iterator[Row]:
+    for rate, bound in ((0, None), (1_000, 2.0), (10_000, 15.0)):
+        yield _cpu(quick, rate, bound, {}, "", "metrics on, no lines, no OTLP")
+    yield _cpu(quick, 10_000, None, {"EBFW_OUTPUT": "json"}, ", JSON lines", "written to /dev/null")
+    with _receiver() as url:
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": url}
+        yield _cpu(quick, 10_000, None, environment, ", OTLP", "spans, logs, metrics over HTTP")
+
+
+def _cpu(quick: bool, rate: int, bound: float | None, environment: dict[str, str], title: str, note: str) -> Row:
+    flows, windows = 2000, 2 if quick else 5
+    name = f"agent CPU at {rate:,} records/s{title}" if rate else "agent CPU, idle"
+    for attempt in range(3):
+        with _Loaded(flows, environment) as loaded:
+            samples = []
+            loaded.feed(flows * 10)  # every flow twice: a busy node knows its peers
+            loaded.pace(rate, 2)
+            for number in range(windows):
+                before, began = loaded.agent.cpu_seconds(), time.monotonic()
+                loaded.pace(rate, 4)
+                samples.append((loaded.agent.cpu_seconds() - before) / (time.monotonic() - began) * 100)
+                progress.step(f"{name}: {number + 1} of {windows} windows")
+            try:
+                loaded.check()
+                break
+            except LabError as error:
+                if attempt == 2:
+                    raise
+                progress.step(f"{name}: once more, {error}")
+    return single(name, samples, "% of a core", bound, f"{flows:,} flows; {note}")
+
+
+def memory_rows(quick: bool) -> Iterator[Row]:
+    total, flows = (100_000 if quick else 1_000_000), 10_000
+    # Metrics are pushed every minute by default; what a push needs has to be in the figure.
+    with (
+        _receiver() as url,
+        _Loaded(flows, {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_METRIC_EXPORT_INTERVAL": "5000"}) as loaded,
+    ):
+        start = loaded.agent.rss()["VmRSS"]
+        at_half = at_end = 0.0
+        for part in range(20):
+            loaded.feed(total // 20)
+            progress.step(f"agent memory: {(part + 1) * total // 20:,} of {total:,} records")
+            if part == 9:
+                time.sleep(3)
+                at_half = loaded.agent.rss()["VmRSS"]
+        time.sleep(3)
+        loaded.check()
+        kinds = loaded.agent.rss()
+        at_end = kinds["VmRSS"]
+    parts = ", ".join(f"{kind[3:].lower()} {kinds[kind]:.0f}" for kind in ("RssAnon", "RssFile", "RssShmem"))
+    what = f"{total:,} records over {flows:,} flows"
+    yield Row(
+        "agent RSS, OTLP on",
+        at_end,
+        "MB",
+        "at start",
+        start,
+        at_end / start,
+        90,
+        "value",
+        note=f"{what}; {parts}",
+    )
+    yield Row(
+        "agent RSS, flat",
+        at_end,
+        "MB",
+        "after half of them",
+        at_half,
+        at_end / at_half,
+        1.03,
+        note="after all of them",
+    )
+
+
+class _Loaded:
+    """An agent on a cgroup of its own with flows that exist, and records for them at any pace."""
+
+    def __init__(self, flows: int, environment: dict[str, str]) -> None:
+        self._count, self._environment = flows, environment
+        self._guard = contextlib.ExitStack()
+        self._moved = 0
+
+    def __enter__(self) -> _Loaded:
+        with contextlib.ExitStack() as stack:
+            cgroup = stack.enter_context(Cgroup("bench"))
+            children = [cgroup.child(f"bench-{number}.service") for number in range(10)]
+            pins = stack.enter_context(pin_path())
+            self.agent = stack.enter_context(Agent(cgroup, pins, cpus()[1], self._environment))
+            stack.enter_context(pinned_to(cpus()[0]))
+            fds = stack.enter_context(AgentMaps(str(pins), _MAPS))
+            flows: list[Talk] = talks(self._count, [child.id for child in children])
+            # Only to see how far behind the agent is: nothing is drained here.
+            self._ring = Ring(fds["records"], bpf.map_info(fds["records"]).entries)
+            stack.callback(self._ring.close)
+            self._feed = Feed(fds)
+            stack.callback(self._feed.close)
+            self._feed.names(flows)
+            self._feed.flows(flows)
+            self._producer = stack.enter_context(
+                Producer(fds["records"], [record for flow in flows for record in flow.records()])
+            )
+            self._guard = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._guard.close()
+
+    def pace(self, rate: int, seconds: float) -> None:
+        """`rate` records a second, a few every 10 ms."""
+        began = time.monotonic()
+        put = 0
+        while (now := time.monotonic() - began) < seconds:
+            due = int(now * rate) // 5 * 5 - put  # whole talks: five records each
+            self._put(due)
+            put += due
+            time.sleep(_TICK)
+
+    def feed(self, total: int) -> None:
+        """That many records as fast as the agent takes them in: never more than half a ring ahead of it."""
+        for _ in range(total // 1000):
+            while self._ring.fill() > 0.4:
+                _ = self.agent.pid  # it lives
+                time.sleep(_TICK)
+            self._put(1000)
+
+    def _put(self, records: int) -> None:
+        self._producer.put(records)
+        self._feed.move(self._moved, records // 5)
+        self._moved += records // 5
+
+    def check(self) -> None:
+        """Raises LabError if the ring was full at times: then less was done than was asked for."""
+        tried, lost = self._producer.state()
+        if lost:
+            raise LabError(f"the ring was full {lost} times of {tried}; the machine is too busy to measure")
+        _ = self.agent.pid
+
+
+@contextlib.contextmanager
+def _receiver() -> Iterator[str]:
+    """The tests' OTLP receiver, in a process of its own so that its work is nobody's; its URL."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.process"],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.communicate()
+
+
+def _receive() -> None:
+    """Until standard input ends. What arrives is forgotten at once."""
+    import importlib.util
+    import threading
+
+    path = REPOSITORY / "tests" / "pipeline" / "otlp_receiver.py"
+    spec = importlib.util.spec_from_file_location("otlp_receiver", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["otlp_receiver"] = module
+    spec.loader.exec_module(module)
+    with module.Receiver() as receiver:
+        print(receiver.http, flush=True)
+        over = threading.Event()
+
+        def listen() -> None:
+            sys.stdin.read()
+            over.set()
+
+        threading.Thread(target=listen, daemon=True).start()
+        while not over.wait(0.5):
+            receiver.requests.clear()
+
+
+if __name__ == "__main__":
+    _receive()

@@ -1,0 +1,128 @@
+"""What the product does not need of bpf(2): programs written as raw instructions, a program by its link's pin.
+
+In: numbers. Out: instructions, descriptors. Instruction format: Documentation/bpf/standardization/instruction-set.rst.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+from exporter.kernel import bpf
+
+_PROG_GET_FD_BY_ID, _MAP_LOOKUP_AND_DELETE = 13, 21
+NO_WAKEUP = 1
+
+
+def _code(*lines: tuple[int, int, int, int, int]) -> bytes:
+    return b"".join(struct.pack("<BBhi", op, dst | src << 4, off, imm) for op, dst, src, off, imm in lines)
+
+
+def _map(register: int, fd: int) -> tuple[tuple[int, int, int, int, int], ...]:
+    return (0x18, register, 1, 0, fd), (0, 0, 0, 0, 0)
+
+
+def _call(helper: int) -> tuple[int, int, int, int, int]:
+    return 0x85, 0, 0, 0, helper
+
+
+_EXIT = (0x95, 0, 0, 0, 0)
+
+
+def empty_program() -> int:
+    """A cgroup_skb program of two instructions: return 1."""
+    return bpf.prog_load(bpf.CGROUP_SKB, _code((0xB7, 0, 0, 0, 1), _EXIT), "bench_empty", bpf.EGRESS)
+
+
+def program_of(link_pin: Path) -> int:
+    """The descriptor of the program behind a pinned link."""
+    link = bpf.get_pinned(str(link_pin))
+    try:
+        number = bpf.link_info(link).program_id
+    finally:
+        os.close(link)
+    return bpf._call(_PROG_GET_FD_BY_ID, struct.pack("<III", number, 0, 0))[0]
+
+
+def pop(stack: int) -> int:
+    """Take a u32 off a stack map. Raises OSError ENOENT when it is empty."""
+    value = ctypes.c_uint32()
+    bpf._call(_MAP_LOOKUP_AND_DELETE, struct.pack("<IIQQQ", stack, 0, 0, ctypes.addressof(value), 0))
+    return value.value
+
+
+class Producer:
+    """Puts records into a ring from the kernel's side, which alone can write there: BPF_PROG_TEST_RUN of a program
+    that copies templates, in turn, with the time of now in their first eight bytes. Context manager."""
+
+    def __init__(self, ring: int, templates: Sequence[bytes]) -> None:
+        room = max(map(len, templates))
+        value = 8 + (room + 7 & ~7)
+        self._templates = bpf.map_create(bpf.ARRAY, 4, value, len(templates), 0, "bench_records")
+        self._state = bpf.map_create(bpf.ARRAY, 4, 16, 1, 0, "bench_state")
+        for index, template in enumerate(templates):
+            data = struct.pack("<II", len(template), 0) + template.ljust(value - 8, b"\0")
+            bpf.map_update(self._templates, struct.pack("<I", index), data)
+        lines = [
+            (0x62, 10, 0, -4, 0),  # key = 0
+            *_map(1, self._state),
+            (0xBF, 2, 10, 0, 0),
+            (0x07, 2, 0, 0, -4),
+            _call(1),
+            (0x15, 0, 0, 0, 0),  # [0] no state: out
+            (0xBF, 7, 0, 0, 0),
+            (0x79, 1, 7, 0, 0),
+            (0xBF, 2, 1, 0, 0),
+            (0x07, 2, 0, 0, 1),
+            (0x7B, 7, 2, 0, 0),  # state.next += 1
+            (0x97, 1, 0, 0, len(templates)),
+            (0x63, 10, 1, -4, 0),
+            *_map(1, self._templates),
+            (0xBF, 2, 10, 0, 0),
+            (0x07, 2, 0, 0, -4),
+            _call(1),
+            (0x15, 0, 0, 0, 0),  # [1] no template: out
+            (0xBF, 6, 0, 0, 0),
+            _call(5),  # ktime_get_ns
+            (0x7B, 6, 0, 8, 0),
+            (0x61, 3, 6, 0, 0),
+            (0x25, 3, 0, 0, value - 8),  # [2] the verifier wants a bound
+            (0xBF, 2, 6, 0, 0),
+            (0x07, 2, 0, 0, 8),
+            *_map(1, ring),
+            (0xB7, 4, 0, 0, NO_WAKEUP),
+            _call(130),  # ringbuf_output
+            (0x15, 0, 0, 3, 0),
+            (0x79, 1, 7, 8, 0),
+            (0x07, 1, 0, 0, 1),
+            (0x7B, 7, 1, 8, 0),  # state.lost += 1
+            (0xB7, 0, 0, 0, 1),
+            _EXIT,
+        ]
+        out = len(lines) - 2
+        for at, line in enumerate(lines):
+            if line[0] in (0x15, 0x25) and line[3] == 0:
+                lines[at] = (*line[:3], out - at - 1, line[4])
+        self._program = bpf.prog_load(bpf.CGROUP_SKB, _code(*lines), "bench_producer", bpf.EGRESS)
+        self._frame = bytes(12) + b"\x08\x00" + bytes(64)
+
+    def put(self, count: int) -> None:
+        """The next `count` records."""
+        if count:
+            bpf.test_run(self._program, self._frame, count)
+
+    def state(self) -> tuple[int, int]:
+        """(records tried so far, of which found no room)."""
+        raw = bpf.map_lookup(self._state, bytes(4), 16) or bytes(16)
+        tried, lost = struct.unpack("<QQ", raw)
+        return tried, lost
+
+    def __enter__(self) -> Producer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in (self._program, self._templates, self._state):
+            os.close(fd)
