@@ -18,9 +18,10 @@ INLINE void remember_caller(struct socket *s)
 
 INLINE void want_peer(struct socket *s, const u8 *peer, u16 port)
 {
+	s->stride = 0;
+	RELOAD(); /* the slot is invalid before the peer is another: see counters_of_answer() */
 	copy16(s->peer, peer);
 	s->peer_port = port;
-	s->stride = 0;
 	s->flags &= ~S_DESCRIBED;
 	s->name = 0;
 }

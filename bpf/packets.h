@@ -426,11 +426,7 @@ INLINE int packet_out(struct __sk_buff *skb)
 	return packet_out_slow(skb, sk, s);
 }
 
-/*
- * An answer to a socket with several peers counts in the row of whoever sent it, if we asked them. Neither the socket's
- * peer nor its slot, scope or exclusion is looked at: they are the next datagram's, and sendmsg() may be changing them
- * while this packet comes in.
- */
+/* The row of whoever sent the packet, if the socket asked them. */
 INLINE struct traffic *counters_of_sender(struct socket *s, const struct packet *p)
 {
 	struct destination *found = destination_of(p->source);
@@ -449,6 +445,29 @@ INLINE struct traffic *counters_of_sender(struct socket *s, const struct packet 
 	}
 	row = bpf_map_lookup_elem(MAP(FLOWS), &key);
 	return row ? stripe(row->slot, row->generation, stride()) : 0;
+}
+
+INLINE int from_peer(const struct socket *s, const struct packet *p)
+{
+	return s->peer_port == p->source_port && same16(s->peer, p->source);
+}
+
+/*
+ * Where an answer to a socket with several peers counts. The socket's peer and slot are the last datagram's, and
+ * sendmsg() may be changing them while this packet comes in: they are good where the peer is the sender both before
+ * and after the slot was read. Else the sender's row is looked up.
+ */
+INLINE struct traffic *counters_of_answer(struct socket *s, const struct packet *p)
+{
+	struct traffic *t;
+
+	if (s->stride && !(s->flags & (S_DETOUR | S_RETURN)) && from_peer(s, p)) {
+		t = stripe(s->slot, s->generation, s->stride);
+		RELOAD();
+		if (t && s->stride && from_peer(s, p))
+			return t;
+	}
+	return counters_of_sender(s, p);
 }
 
 INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s)
@@ -476,7 +495,7 @@ INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct soc
 		ship(skb, s, &parcel);
 	}
 	if (s->flags & (S_UNCONNECTED | S_DETOUR | S_RETURN))
-		t = counters_of_sender(s, &p);
+		t = counters_of_answer(s, &p);
 	if (!t)
 		t = counters_of(s, &created);
 	if (t)

@@ -239,7 +239,7 @@ struct inspection {
 	__u32 length;      /* and how many there are */
 	__u32 next;        /* bytes of the stream taken in so far */
 	__u32 want;        /* hello: where the next item begins; head: where the Host value begins */
-	__u32 end;         /* hello: where the extensions end */
+	__u32 end;         /* hello: where the extensions end; head: where the port begins in `text` */
 	__u32 name_length;
 	__u32 name_have;   /* bytes of the name in `text` */
 	__u32 fresh;       /* head: bytes of this piece */

@@ -135,7 +135,7 @@ INLINE int head_step(struct inspection *in, struct source *from)
 	return 0;
 }
 
-/* Take the Host value out of the segment; it ends at white space, a colon (port) or the line's end. */
+/* Take the Host value out of the segment; it ends at white space or the line's end, a port is cut off. */
 INLINE void head_name(struct inspection *in, struct source *from)
 {
 	u32 have = in->name_have, position = in->want + have - in->at;
@@ -155,6 +155,7 @@ INLINE void head_name(struct inspection *in, struct source *from)
 		return;
 	}
 	in->name_have = have + take;
+	in->end = 0;
 	if (in->text[0] == '[') { /* an IPv6 literal is no name */
 		in->status = READ_NO_NAME;
 		return;
@@ -162,14 +163,25 @@ INLINE void head_name(struct inspection *in, struct source *from)
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < NAME_SIZE; i += 8) {
 		u64 word = *(u64 *)(in->text + i);
-		u64 marks = bytes_below(word, ' ' + 1) | bytes_below(word ^ BYTES(':'), 1), end, last;
+		u64 blank = bytes_below(word, ' ' + 1), before = blank ? (blank & -blank) - 1 : ~0ULL;
+		u64 colon = bytes_below(word ^ BYTES(':'), 1) & before, end, last;
 
-		if (!marks)
+		RELOAD();
+		if (bytes_below(word ^ BYTES('@'), 1) & before) { /* somebody's user name, not a host's */
+			in->status = READ_NO_NAME;
+			return;
+		}
+		if (colon && !in->end)
+			in->end = i + lowest_byte(colon) + 1; /* the port begins here */
+		if (!blank)
 			continue;
-		end = i + lowest_byte(marks);
-		BOUND(end, 255);
+		end = i + lowest_byte(blank);
 		if (end >= in->name_have)
 			break; /* goes on in the next segment */
+		RELOAD();
+		if (in->end)
+			end = in->end - 1;
+		BOUND(end, 255);
 		last = end - 1;
 		BOUND(last, 255);
 		if (end && in->text[last] == '.')

@@ -270,9 +270,7 @@ def report(outcome: Outcome, say: Callable[[str], None]) -> None:
         console = outcome.results / "console.log"
         if outcome.exit_code is None and console.is_file():
             lines = console.read_text(errors="replace").splitlines()
-            panic = next(
-                (i for i, t in enumerate(lines) if re.search(r"Oops|Kernel panic|BUG:", t)), len(lines) - 30
-            )
+            panic = next((i for i, t in enumerate(lines) if re.search(r"Oops|Kernel panic|BUG:", t)), len(lines) - 30)
             for line in lines[max(0, panic - 15) :][:60]:
                 say(f"[{outcome.kernel.series}] console | {line}")
         start = next((i for i, t in enumerate(outcome.tail) if re.match(r"=+ (FAILURES|ERRORS) =", t)), -60)

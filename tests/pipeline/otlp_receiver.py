@@ -193,9 +193,7 @@ class _Servicer:
                 info = RetryInfo(retry_delay=Duration(seconds=self._receiver.retry_after))
                 context.set_trailing_metadata((("google.rpc.retryinfo-bin", info.SerializeToString()),))
             retryable = self._receiver.status in (429, 502, 503, 504)
-            context.abort(
-                grpc.StatusCode.UNAVAILABLE if retryable else grpc.StatusCode.INVALID_ARGUMENT, "refused"
-            )
+            context.abort(grpc.StatusCode.UNAVAILABLE if retryable else grpc.StatusCode.INVALID_ARGUMENT, "refused")
         headers = {item.key: str(item.value) for item in context.invocation_metadata()}
         return self._receiver._take(self._signal, request, headers, request.ByteSize())
 

@@ -429,12 +429,12 @@ def read_head(stream: bytes) -> tuple[int, bytes | None, bool]:
         if field.lower() != b"host" or not colon or (not value and not closed):
             continue
         value = value[1:] if value[:1] in (b" ", b"\t") else value
-        name = re.split(rb"[\x00-\x20:]", value, maxsplit=1)[0]
-        if name[:1] == b"[":
+        whole = re.split(rb"[\x00-\x20]", value, maxsplit=1)[0]
+        if whole[:1] == b"[" or b"@" in whole:
             return NO_NAME, None, bool(end)
-        if len(name) > 254 or (name == value and not closed):
+        if len(whole) > 254 or (whole == value and not closed):
             break
-        name = name.removesuffix(b".")
+        name = whole.split(b":")[0].removesuffix(b".")
         return (NAME, name, bool(end)) if name else (NO_NAME, None, bool(end))
     return (NO_NAME, None, True) if end else (READING, None, False)
 
@@ -452,6 +452,8 @@ HEADS = {
     "port": (GET + b"Host: port.example:8080\r\n" + FIELDS + END, b"port.example"),
     "IPv4": (GET + b"Host: 192.0.2.1:80\r\n" + END, b"192.0.2.1"),
     "IPv6": (GET + b"Host: [2001:db8::1]:80\r\n" + FIELDS + END, None),
+    "user info": (GET + b"Host: user:pass@inside.example\r\n" + FIELDS + END, None),
+    "user alone": (GET + b"Host: user@inside.example:80\r\n" + FIELDS + END, None),
     "final dot": (GET + b"Host: dot.example.\r\n" + FIELDS + END, b"dot.example"),
     "final dot and port": (GET + b"Host: dot.example.:443\r\n" + FIELDS + END, b"dot.example"),
     "only a dot": (GET + b"Host: .\r\n" + FIELDS + END, None),
