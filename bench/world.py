@@ -22,7 +22,7 @@ from lab import Cgroup, LabError
 from lab.cgroup import unique
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FLOWS, RING = 65_536, 4 << 20  # the product's defaults
+FLOWS, RING = 65_536, 2 << 20  # the product's defaults
 
 
 def cpus() -> tuple[int, int]:

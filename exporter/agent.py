@@ -5,6 +5,8 @@ In: settings. Out: an exit status. Every stage is made here and handed what it n
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
 import platform
@@ -36,14 +38,16 @@ from exporter.settings import Settings
 
 log = logging.getLogger("ebfw")
 
-TICK = 0.02  # the ring is drained so often; nobody wakes us but a ring that fills
-FOLD_SECONDS = 2.0  # counters are read
+TICK = 0.1  # the ring is drained so often; nobody wakes us but a ring that fills and cgroups that come and go
+FOLD_SECONDS = 5.0  # counters are read at least so often, and whenever somebody asks for metrics
+REFRESH_SECONDS = 1.0  # who asks waits no longer than this
 HOUSEKEEPING_SECONDS = 5.0
 IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slot back
 
 
 def run(settings: Settings) -> int:
     """Watch until SIGINT or SIGTERM."""
+    keep_heap_small()
     root = find_root()
     cgroup = scope_of(settings, root)
     kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
@@ -106,6 +110,7 @@ class Pipeline:
         self.libraries = self._tls_libraries(settings, root)
         self.alive = {workload.cgroup_id: workload for workload in self.workloads.live()}
         self.stopping = False
+        self.refresh_wanted, self.refreshed = threading.Event(), threading.Event()
         self.watched = inode(kernel.cgroup)
         self.watching = True
         self.looked_at: set[int] = set()
@@ -120,23 +125,36 @@ class Pipeline:
         wake = select.epoll()
         # Edge-triggered: with unread data a level-triggered wait would return at once, and spin.
         wake.register(self.kernel.ring.fd, select.EPOLLIN | select.EPOLLET)
+        if self.workloads.fileno() >= 0:
+            wake.register(self.workloads.fileno(), select.EPOLLIN)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
         self.fold()
+        self.metrics.refresh = self.refresh
         while not self.stopping:
             wake.poll(TICK)
             self.workloads.poll()
             self.drain()
             now = time.monotonic()
-            if now >= self.next_fold:
+            if now >= self.next_fold or self.refresh_wanted.is_set():
+                self.refresh_wanted.clear()
                 self.next_fold = now + FOLD_SECONDS
                 self.fold()
+                self.refreshed.set()
             if now >= self.next_housekeeping:
                 self.next_housekeeping = now + HOUSEKEEPING_SECONDS
                 self.keep_house(now)
         wake.close()
         self.drain()
         self.fold()
+        self.refreshed.set()
+
+    def refresh(self) -> None:
+        """Called by whoever is about to read the metrics, in a thread of its own: have the counters read first."""
+        if not self.stopping:
+            self.refreshed.clear()
+            self.refresh_wanted.set()
+            self.refreshed.wait(REFRESH_SECONDS)
 
     def drain(self) -> int:
         """Take what the ring holds through the pipeline; how many records."""
@@ -210,6 +228,7 @@ class Pipeline:
             self.metrics.end(self.alive[cgroup_id])
         self.alive = alive
         self.metrics.expire()
+        give_back_heap()
         if self.libraries is not None:
             self.looked_at.clear()
             self.libraries.scan()
@@ -283,11 +302,28 @@ class HiddenNames:
     def __call__(self, name: str) -> bool:
         hidden = self._cache.get(name)
         if hidden is None:
-            if len(self._cache) >= 65_536:
+            if len(self._cache) >= 4096:
                 self._cache.clear()
             hidden = any(name == suffix or name.endswith("." + suffix) for suffix in self._suffixes)
             self._cache[name] = hidden
         return hidden
+
+
+def keep_heap_small() -> None:
+    """glibc raises its mmap threshold with every large block that is freed, and gives each thread a heap: buffers that
+    live for a moment then stay in the process for ever. Fixed limits give them back (mallopt(3)); elsewhere a no-op."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return
+    for option, value in ((-8, 1), (-3, 1 << 16), (-1, 1 << 17)):  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        mallopt(option, value)
+
+
+def give_back_heap() -> None:
+    """What is free inside the heap goes back, too (malloc_trim(3)); about a millisecond."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def inode(path: Path) -> int:

@@ -5,7 +5,7 @@ In: bytes as bpf/wire.h lays them out. Out: a `Sighting`, a plain tuple, or None
 
 from __future__ import annotations
 
-import ipaddress
+import socket
 from typing import NamedTuple
 
 from exporter.health import losses
@@ -23,7 +23,7 @@ OPENED, FAILED, CLOSED, QUERY, ANSWER, HELLO, HEAD, TLS_WRITE = (
 )
 TRUNCATED, PROXIED, HEAD_END = wire.RECORD_TRUNCATED, wire.RECORD_PROXIED, wire.RECORD_HEAD_END
 
-_CACHED = 65_536
+_CACHED = 4096
 
 
 class Sighting(NamedTuple):
@@ -69,9 +69,9 @@ def address(packed: bytes) -> str:
         if len(_addresses) >= _CACHED:
             _addresses.clear()
         if packed.startswith(_MAPPED):
-            text = str(ipaddress.IPv4Address(packed[12:]))
+            text = socket.inet_ntop(socket.AF_INET, packed[12:])
         else:
-            text = str(ipaddress.IPv6Address(packed)) if any(packed) else ""
+            text = socket.inet_ntop(socket.AF_INET6, packed) if any(packed) else ""
         _addresses[packed] = text
     return text
 

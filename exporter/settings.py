@@ -118,9 +118,9 @@ class Settings:
     in one row called ~other. The default holds the flows of a busy node in a few MiB, on any number of
     CPUs."""
 
-    ring_bytes: int = 4 << 20
-    """Size of the kernel's event ring in bytes: a power of two from 64 KiB to 256 MiB. 4 MiB rides out some
-    tenths of a second in which the agent does not run at 100,000 small events a second."""
+    ring_bytes: int = 2 << 20
+    """Size of the kernel's event ring in bytes: a power of two from 64 KiB to 256 MiB. 2 MiB rides out a
+    second in which the agent does not run at 10,000 events a second; the agent maps it, so it counts as its memory."""
 
     uprobes: bool = True
     """Attach to OpenSSL to see requests inside TLS. Without it HTTPS is names and bytes only."""

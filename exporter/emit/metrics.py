@@ -239,6 +239,7 @@ class Metrics:
         wall: Callable[[], int] = time.time_ns,
     ) -> None:
         self._resources = resources
+        self.refresh: Callable[[], None] = lambda: None  # before a snapshot: have the newest counters added
         self._limit, self._max, self._dns_limit = limit, total, dns_limit
         self._losses, self._features = losses or health.losses, features or health.features
         self._clock, self._wall = clock, wall
@@ -394,6 +395,7 @@ class Metrics:
 
     def snapshot(self) -> Snapshot:
         """All series now: see Snapshot. Also brings the agent's own numbers up to date."""
+        self.refresh()
         usage = rusage.getrusage(rusage.RUSAGE_SELF)
         with open("/proc/self/statm", encoding="ascii") as statm:
             resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -29,9 +29,26 @@ from exporter.emit.resource import Resource
 from exporter.emit.spans import span
 from exporter.events import Event, Workload
 
-# Receivers take 4 MiB by default; an eighth of it keeps the agent's memory flat while it sends.
-LIMIT = 1 << 19
-_KEPT = 4096
+# Receivers take 4 MiB by default; a sixteenth of it keeps the agent's memory flat while it sends.
+LIMIT = 1 << 18
+# Attributes are encoded once and kept: a message of protobuf's is an arena of 1 to 3 KiB of its own, which no Python
+# tool shows. So only few are kept, and none whose values are as many as a host has peers.
+_KEPT = 512
+_MANY = frozenset(
+    (
+        c.SERVER_ADDRESS,
+        "server.port",
+        "dns.question.name",
+        "network.peer.address",
+        "network.peer.port",
+        "network.local.address",
+        "network.local.port",
+        "process.pid",
+        "url.path",
+        "url.query",
+        "url.full",
+    )
+)
 
 _SPAN_FLAGS = 0x101  # sampled, and "the remote bit is meaningful": no remote parent
 _CUMULATIVE = pb.AGGREGATION_TEMPORALITY_CUMULATIVE
@@ -136,6 +153,8 @@ class Encoder:
         return found[: self._count], max(0, len(found) - self._count)
 
     def _pair(self, key: str, value: Any) -> KeyValue:
+        if key in _MANY:
+            return KeyValue(key=key, value=self._value(value))
         known = self._cache.get((key, type(value), value))
         if known is None:
             if len(self._cache) >= _KEPT:

@@ -107,20 +107,27 @@ class Row(NamedTuple):
 
 
 _TRAFFIC = struct.Struct("<QQQQII")
+_NAME = struct.Struct("<Q")
 _CONNECTIONS = struct.Struct("<8Q")
 _ZERO = (0,) * 12
+_NOTHING = _COUNTS.pack(*_ZERO)
+_NOBODY = wire.FLOW_KEY.pack(0, 0, bytes(16), 0, 0, 0, 0, wire.FLOW_OTHER, 0)
 _MADE = wire.TALLIES.index(("made", "flows"))
 _BLOCK, _GROUP = 256, 8  # slots compared at once, and where they differ, again
 
 
 class _Live:
-    """A slot that a flow has."""
+    """A slot that a flow has. Key and totals are kept packed: as integers they take four times the memory."""
 
-    __slots__ = ("generation", "key", "moved", "since", "totals")
+    __slots__ = ("generation", "moved", "packed_key", "packed_totals", "since")
 
-    def __init__(self, key: FlowKey, generation: int, since: int, now: float) -> None:
-        self.key, self.generation, self.since, self.moved = key, generation, since, now
-        self.totals: tuple[int, ...] = _ZERO
+    def __init__(self, key: bytes, generation: int, since: int, now: float) -> None:
+        self.packed_key, self.generation, self.since, self.moved = key, generation, since, now
+        self.packed_totals = _NOTHING
+
+    @property
+    def key(self) -> FlowKey:
+        return FlowKey._make(wire.FLOW_KEY.unpack(self.packed_key))
 
 
 class FlowTable:
@@ -137,7 +144,7 @@ class FlowTable:
         self._traffic = mapped(fds["traffic"], self._slots * wire.STRIPES * _TRAFFIC.size)
         self._connections = mapped(fds["connections"], self._slots * _CONNECTIONS.size)
         self._reader = bpf.BatchReader(fds["flows"], wire.FLOW_KEY.size, wire.FLOW_ROW.size)
-        self._live: dict[int, _Live] = {0: _Live(FlowKey(0, 0, bytes(16), 0, 0, 0, 0, wire.FLOW_OTHER, 0), 0, 0, 0.0)}
+        self._live: dict[int, _Live] = {0: _Live(_NOBODY, 0, 0, 0.0)}
         self._leaving: dict[int, _Live] = {}
         self._before: list[bytes] = []
         self._fresh: list[int] = []
@@ -172,14 +179,14 @@ class FlowTable:
             return
         self._made = made
         live, key_size = self._live, wire.FLOW_KEY.size
-        unpack_key = wire.FLOW_KEY.unpack_from
         for keys, values, count in self._reader.chunks():
             for index, (slot, generation, since) in enumerate(
                 wire.FLOW_ROW.iter_unpack(values[: count * wire.FLOW_ROW.size])
             ):
                 known = live.get(slot)
                 if known is None or known.generation != generation:
-                    live[slot] = _Live(FlowKey._make(unpack_key(keys, index * key_size)), generation, since, now)
+                    key = bytes(keys[index * key_size : (index + 1) * key_size])
+                    live[slot] = _Live(key, generation, since, now)
                     self._fresh.append(slot)  # whatever it holds is new to us
 
     def _changed_slots(self) -> list[int]:
@@ -225,15 +232,17 @@ class FlowTable:
 
     def _read_slot(self, slot: int, live: _Live, now: float, rows: list[Row]) -> None:
         totals = self._totals(self._now, slot)
-        if totals == live.totals:
+        packed = _COUNTS.pack(*totals)
+        if packed == live.packed_totals:
             return
-        rows.append(Row(live.key, live.since, tuple(map(int.__sub__, totals, live.totals))))
-        live.totals = totals
+        rows.append(Row(live.key, live.since, tuple(map(int.__sub__, totals, _COUNTS.unpack(live.packed_totals)))))
+        live.packed_totals = packed
         live.moved = now
 
     def names_in_use(self) -> set[int]:
         """Ids of the names that flows carry."""
-        return {live.key.name for live in (*self._live.values(), *self._leaving.values()) if live.key.name}
+        names = (_NAME.unpack_from(live.packed_key, 8)[0] for live in (*self._live.values(), *self._leaving.values()))
+        return {name for name in names if name}
 
     # --- freeing --------------------------------------------------------------------------------------------------
 
@@ -246,7 +255,7 @@ class FlowTable:
                 break
             if slot == 0 or slot > self.flows or now - live.moved < idle_seconds or slot in self._leaving:
                 continue
-            bpf.map_delete(self._fds["flows"], wire.FLOW_KEY.pack(*live.key))
+            bpf.map_delete(self._fds["flows"], live.packed_key)
             self._raise_generation(slot)
             self._leaving[slot] = live
             del self._live[slot]
@@ -272,8 +281,9 @@ class FlowTable:
         ]
         parts.append(self._connections[slot * _CONNECTIONS.size : (slot + 1) * _CONNECTIONS.size])
         totals = self._totals(parts, 0)
-        if totals != live.totals:
-            rows.append(Row(live.key, live.since, tuple(map(int.__sub__, totals, live.totals))))
+        before = _COUNTS.unpack(live.packed_totals)
+        if totals != before:
+            rows.append(Row(live.key, live.since, tuple(map(int.__sub__, totals, before))))
         self._fold(live.key, totals)
         for stripe in range(wire.STRIPES):
             at = (stripe * slots + slot) * size
@@ -290,10 +300,9 @@ class FlowTable:
             bpf.map_update(self._fds["folded"], packed, _COUNTS.pack(*map(int.__add__, values, totals)))
         except OSError:
             # More workloads than the table holds have come and gone: the node's row takes it.
-            node = wire.FLOW_KEY.pack(0, 0, bytes(16), 0, 0, 0, 0, wire.FLOW_OTHER, 0)
-            old = bpf.map_lookup(self._fds["folded"], node, _COUNTS.size)
+            old = bpf.map_lookup(self._fds["folded"], _NOBODY, _COUNTS.size)
             values = _COUNTS.unpack(old) if old else _ZERO
-            bpf.map_update(self._fds["folded"], node, _COUNTS.pack(*map(int.__add__, values, totals)))
+            bpf.map_update(self._fds["folded"], _NOBODY, _COUNTS.pack(*map(int.__add__, values, totals)))
 
     def _take_folded(self, rows: list[Row], since: int) -> None:
         """After a restart: what was folded before counts on."""
@@ -312,10 +321,9 @@ class FlowTable:
             for slot in range(1, self.flows + 1)
             if slot not in used and struct.unpack_from("<I", self._traffic, slot * _TRAFFIC.size + 36)[0]
         ]
-        nobody = FlowKey(0, 0, bytes(16), 0, 0, 0, 0, wire.FLOW_OTHER, 0)
         for slot in orphans:
             self._raise_generation(slot)
-            self._leaving[slot] = _Live(nobody, 0, 0, 0.0)
+            self._leaving[slot] = _Live(_NOBODY, 0, 0, 0.0)
         return len(orphans)
 
     def close(self) -> None:
@@ -323,8 +331,11 @@ class FlowTable:
         self._connections.close()
 
 
+_NAMES_CACHED = 4096
+
+
 class NameTable:
-    """Names by id, as the kernel saved them. Bounded like the kernel's table."""
+    """Names by id, as the kernel saved them; the last few thousand are kept here, the others cost a system call."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -338,7 +349,7 @@ class NameTable:
                 return ""
             raw = bpf.map_lookup(self._fd, struct.pack("<Q", identity), wire.NAME_SIZE)
             name = forwards(raw) if raw else ""
-            if len(self._names) >= 65_536:
+            if len(self._names) >= _NAMES_CACHED:
                 self._names.clear()
             self._names[identity] = name
         return name
