@@ -35,7 +35,7 @@ _SETS = {
     "connect and close": (2, 4),
     "DNS query and answer": (0, 1),
 }
-_BATCH = 10_000
+_BATCH = 5_000
 
 
 def rows(quick: bool) -> Iterator[Row]:

@@ -38,7 +38,7 @@ from exporter.settings import Settings
 
 log = logging.getLogger("ebfw")
 
-TICK = 0.1  # the ring is drained so often; nobody wakes us but a ring that fills and cgroups that come and go
+TICK = 0.2  # the ring is drained so often; nobody wakes us but a ring that fills and cgroups that come and go
 FOLD_SECONDS = 5.0  # counters are read at least so often, and whenever somebody asks for metrics
 REFRESH_SECONDS = 1.0  # who asks waits no longer than this
 HOUSEKEEPING_SECONDS = 5.0

@@ -370,14 +370,8 @@ def _question(s: Sighting, response: int) -> tuple[int, bytes] | None:
     since resolvers play with it and servers may not play along). None where the message is not a standard one with
     one question, or no `response` (bit QR)."""
     data = s.payload
-    at = 12
-    try:
-        if data[2] & 0xF8 != response or data[4] or data[5] != 1:
-            return None
-        while length := data[at]:
-            at += length + 1
-    except IndexError:
+    # Up to the first zero: the name's end or, in a name that holds a zero, a cut that is the same in both.
+    end = data.find(b"\0", 12) + 5
+    if end < 5 or len(data) < end or data[2] & 0xF8 != response or data[4] or data[5] != 1:
         return None
-    if len(data) < at + 5:
-        return None
-    return s.cookie, data[:2] + data[12:at].lower() + data[at : at + 5]
+    return s.cookie, data[:2] + data[12:end].lower()

@@ -261,6 +261,11 @@ class _Bad(Exception):
     """The bytes contradict the format, or end too early."""
 
 
+_ASKED = 4096
+_asked: dict[bytes, str] = {}  # names as they stand in questions -> as text
+_new = tuple.__new__
+
+
 def parse_dns(data: bytes) -> DnsMessage | None:
     """Read one DNS message (without the length prefix of TCP); None where it is none, or asks nothing.
 
@@ -273,7 +278,20 @@ def parse_dns(data: bytes) -> DnsMessage | None:
     if questions != 1 or flags & 0x7800:
         return None
     try:
-        qname, at = _name(data, 12)
+        # A host asks for the same names over and over: the bytes up to the first zero are the name, unless a label
+        # holds a zero, and then they are not kept.
+        at = data.find(b"\0", 12) + 1
+        written = data[12:at]
+        known = _asked.get(written)
+        if known is None:
+            qname, after = _name(data, 12)
+            if after == at:
+                if len(_asked) >= _ASKED:
+                    _asked.clear()
+                _asked[written] = qname
+            at = after
+        else:
+            qname = known
         qtype, qclass = _QUESTION_FORMAT.unpack_from(data, at)
     except (_Bad, IndexError, struct.error):
         return None
@@ -287,7 +305,7 @@ def parse_dns(data: bytes) -> DnsMessage | None:
         answers, complete = _answers(data, at + 4, count, qname)
         truncated = truncated or not complete
     rcode = RCODES[flags & 15] if response else ""
-    return DnsMessage(ident, response, rcode, qname, QTYPES.get(qtype) or f"TYPE{qtype}", answers, truncated)
+    return _new(DnsMessage, (ident, response, rcode, qname, QTYPES.get(qtype) or f"TYPE{qtype}", answers, truncated))
 
 
 def _answers(data: bytes, at: int, count: int, qname: str) -> tuple[tuple[Answer, ...], bool]:
@@ -315,7 +333,7 @@ def _answers(data: bytes, at: int, count: int, qname: str) -> tuple[tuple[Answer
             else:
                 text = _other(data, at, end, kind)
             # RFC 2181 section 8: a TTL with the top bit set is zero.
-            answers.append(Answer(name, QTYPES.get(kind) or f"TYPE{kind}", ttl if ttl < 1 << 31 else 0, text))
+            answers.append(_new(Answer, (name, QTYPES.get(kind) or f"TYPE{kind}", ttl if ttl < 1 << 31 else 0, text)))
             at = end
     except (_Bad, IndexError, struct.error):
         return tuple(answers), False

@@ -79,8 +79,13 @@ class Names:
         table = self._tables.pop(owner, None)
         if table is None:
             table = {}
+        roomy = len(table) * 2 < self._per_workload  # else the order of learning matters: the oldest goes first
         for address, ttl in answers:
-            until = now + min(max(ttl * SECOND, TTL_FLOOR), TTL_CAP)
+            lasts = min(max(ttl * SECOND, TTL_FLOOR), TTL_CAP)
+            until = now + lasts
+            known = table.get(address)
+            if known is not None and known[0] == name and until - known[1] < lasts // 8 and roomy:
+                continue  # learned a moment ago, and again: an eighth of its time is not worth the work
             old = table.pop(address, None)
             if old is None:
                 self._size += 1
