@@ -5,8 +5,6 @@ In: settings. Out: an exit status. Every stage is made here and handed what it n
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import os
 import platform
@@ -18,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from exporter import __version__
+from exporter import __version__, heap
 from exporter.decode import address, decode, transport
 from exporter.emit import prometheus
 from exporter.emit.console import Console
@@ -26,7 +24,7 @@ from exporter.emit.metrics import Metrics
 from exporter.emit.otlp import Otlp
 from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
-from exporter.enrich import ContainerNames, Names, Workloads, find_root, root_problem
+from exporter.enrich import ContainerNames, HiddenNames, Names, Workloads, find_root, root_problem
 from exporter.errors import SettingsError
 from exporter.events import Counts, Event, Flow
 from exporter.health import losses
@@ -47,7 +45,7 @@ IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slo
 
 def run(settings: Settings) -> int:
     """Watch until SIGINT or SIGTERM."""
-    keep_heap_small()
+    heap.keep_small()
     root = find_root()
     cgroup = scope_of(settings, root)
     kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
@@ -119,6 +117,32 @@ class Pipeline:
 
     # --- the pipeline ---------------------------------------------------------------------------------------------
 
+    def drain(self) -> int:
+        """Take what the ring holds through the pipeline; how many records."""
+        records = self.kernel.ring.drain()
+        add, tell = self.join.add, self.tell
+        for data in records:
+            sighting = decode(data)
+            if sighting is None:
+                continue
+            event = add(sighting)
+            if event is not None:
+                tell(event)
+        for event in self.join.expire(time.monotonic_ns()):
+            tell(event)
+        return len(records)
+
+    def tell(self, event: Event) -> None:
+        """One event to every way out, its secrets hidden."""
+        self.metrics.observe(event)
+        if event.filtered:
+            return
+        if self.libraries is not None and event.pid and event.pid not in self.looked_at:
+            self._look_at(event.pid)
+        event = redact(event, self.redaction)
+        self.console.write(event)
+        self.otlp.emit(event)
+
     def run(self) -> None:
         """Until a signal."""
         self.otlp.start()
@@ -155,32 +179,6 @@ class Pipeline:
             self.refreshed.clear()
             self.refresh_wanted.set()
             self.refreshed.wait(REFRESH_SECONDS)
-
-    def drain(self) -> int:
-        """Take what the ring holds through the pipeline; how many records."""
-        records = self.kernel.ring.drain()
-        add, tell = self.join.add, self.tell
-        for data in records:
-            sighting = decode(data)
-            if sighting is None:
-                continue
-            event = add(sighting)
-            if event is not None:
-                tell(event)
-        for event in self.join.expire(time.monotonic_ns()):
-            tell(event)
-        return len(records)
-
-    def tell(self, event: Event) -> None:
-        """One event to every way out, its secrets hidden."""
-        self.metrics.observe(event)
-        if event.filtered:
-            return
-        if self.libraries is not None and event.pid and event.pid not in self.looked_at:
-            self._look_at(event.pid)
-        event = redact(event, self.redaction)
-        self.console.write(event)
-        self.otlp.emit(event)
 
     def fold(self) -> None:
         """Move by how much the kernel's counters moved into the metrics."""
@@ -228,7 +226,7 @@ class Pipeline:
             self.metrics.end(self.alive[cgroup_id])
         self.alive = alive
         self.metrics.expire()
-        give_back_heap()
+        heap.give_back()
         if self.libraries is not None:
             self.looked_at.clear()
             self.libraries.scan()
@@ -290,40 +288,6 @@ class Clock:
     def wall(self, monotonic: int) -> int:
         """Nanoseconds since the epoch."""
         return monotonic + self._offset
-
-
-class HiddenNames:
-    """Does `exclude.domainSuffixes` hide this name? Whole labels; a bounded cache."""
-
-    def __init__(self, suffixes: tuple[str, ...]) -> None:
-        self._suffixes = tuple(suffix.strip(".").lower() for suffix in suffixes)
-        self._cache: dict[str, bool] = {}
-
-    def __call__(self, name: str) -> bool:
-        hidden = self._cache.get(name)
-        if hidden is None:
-            if len(self._cache) >= 4096:
-                self._cache.clear()
-            hidden = any(name == suffix or name.endswith("." + suffix) for suffix in self._suffixes)
-            self._cache[name] = hidden
-        return hidden
-
-
-def keep_heap_small() -> None:
-    """glibc raises its mmap threshold with every large block that is freed, and gives each thread a heap: buffers that
-    live for a moment then stay in the process for ever. Fixed limits give them back (mallopt(3)); elsewhere a no-op."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return
-    for option, value in ((-8, 1), (-3, 1 << 16), (-1, 1 << 17)):  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        mallopt(option, value)
-
-
-def give_back_heap() -> None:
-    """What is free inside the heap goes back, too (malloc_trim(3)); about a millisecond."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def inode(path: Path) -> int:

@@ -170,6 +170,23 @@ def _dead(entry: _Entry | None, now: int) -> bool:
     return True
 
 
+class HiddenNames:
+    """Does `exclude.domainSuffixes` hide this name? Whole labels; a bounded cache."""
+
+    def __init__(self, suffixes: tuple[str, ...]) -> None:
+        self._suffixes = tuple(suffix.strip(".").lower() for suffix in suffixes)
+        self._cache: dict[str, bool] = {}
+
+    def __call__(self, name: str) -> bool:
+        hidden = self._cache.get(name)
+        if hidden is None:
+            if len(self._cache) >= 4096:
+                self._cache.clear()
+            hidden = any(name == suffix or name.endswith("." + suffix) for suffix in self._suffixes)
+            self._cache[name] = hidden
+        return hidden
+
+
 # --- containers -------------------------------------------------------------------------------------------
 
 ENGINE_SOCKETS = ("/run/docker.sock", "/var/run/docker.sock", "/run/podman/podman.sock")
