@@ -316,14 +316,16 @@ def test_cgroups_are_known_before_a_look_up_and_remembered_after_their_end(
     assert workloads.watching
     nested = tree / "kubepods" / "burstable" / f"pod{UID}" / C / "init"
     ids = [make(nested)] + [parent.stat().st_ino for parent in list(nested.parents)[:4]]
-    workloads.poll()
+    for _ in range(20):  # each walks for 2 ms at most, which an emulated CPU needs several of
+        workloads.poll()
     assert [workloads.lookup(i).kind for i in ids] == ["pod", "pod", "pod", "cgroup", "cgroup"]
     leaf = workloads.lookup(nested.stat().st_ino)
     assert (leaf.pod_uid, leaf.container_id) == (UID, C)
     watches = len(workloads._watches)
 
     _rmtree(tree / "kubepods")
-    workloads.poll()
+    for _ in range(20):
+        workloads.poll()
     assert workloads.tombstone_hits == 0
     assert workloads.lookup(leaf.cgroup_id) == leaf
     assert workloads.tombstone_hits == 1
