@@ -311,6 +311,7 @@ def parse_dns(data: bytes) -> DnsMessage | None:
 def _answers(data: bytes, at: int, count: int, qname: str) -> tuple[tuple[Answer, ...], bool]:
     """Up to MAX_ANSWERS answers from `at`, and whether those are all."""
     answers: list[Answer] = []
+    unpack, size = _RECORD_FORMAT.unpack_from, len(data)
     try:
         for _ in range(min(count, MAX_ANSWERS)):
             # Nearly every owner is a pointer to the question (offset 12): no need to walk it again.
@@ -319,10 +320,10 @@ def _answers(data: bytes, at: int, count: int, qname: str) -> tuple[tuple[Answer
                 at += 2
             else:
                 name, at = _name(data, at)
-            kind, _class, ttl, length = _RECORD_FORMAT.unpack_from(data, at)
+            kind, _class, ttl, length = unpack(data, at)
             at += 10
             end = at + length
-            if end > len(data):
+            if end > size:
                 raise _Bad
             if kind == 1 and length == 4:
                 text = inet_ntoa(data[at:end])

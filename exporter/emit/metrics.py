@@ -37,6 +37,7 @@ ENDED_SECONDS = 300.0  # at least two scrapes after a workload's end
 IDLE_SECONDS = 900.0
 _SCALARS = 1000  # of the agent's own, for each instrument: their labels are constants of the code
 _CGROUPS = 16_384
+_FOLDED = 1000  # folded label sets remembered for each identity
 
 _IX = {metric: index for index, metric in enumerate(c.WORKLOAD_METRICS)}
 _CELL_IX = tuple(_IX[metric] for metric, _ in c.CELLS)
@@ -109,12 +110,14 @@ class Point(NamedTuple):
 class _State:
     """What one identity has: rows, histograms, how many series in each instrument."""
 
-    __slots__ = ("ended", "gone", "histograms", "last", "overflow", "resource", "rows", "series", "shown")
+    __slots__ = ("ended", "folded", "gone", "histograms", "last", "overflow", "resource", "rows", "series", "shown")
 
     def __init__(self, resource: Resource, last: float) -> None:
         self.resource, self.last = resource, last
         self.rows: dict[tuple[str, ...], _Row] = {}
         self.histograms: dict[tuple[Any, ...], _Histogram] = {}
+        # Where what found no room went, so that the next of its kind goes there at once; until the next expire().
+        self.folded: dict[tuple[Any, ...], _Histogram] = {}
         self.overflow: _Row | None = None
         self.series = [0] * len(c.WORKLOAD_METRICS)
         self.ended: float | None = None
@@ -345,6 +348,7 @@ class Metrics:
             self._now = now = self._clock() if now is None else now
             dropped = self._count
             for identity, state in list(self._states.items()):
+                state.folded.clear()
                 ended = state.ended is not None and now - max(state.ended, state.last) >= ENDED_SECONDS
                 if ended:
                     self._drop(state, state.all_rows(), list(state.histograms.values()))
@@ -474,7 +478,10 @@ class Metrics:
         known = self._cgroups.get(workload.cgroup_id)
         state = known[1] if known is not None and known[0] is workload else self._state(workload)
         histogram = state.histograms.get(key)
+        if histogram is None and (histogram := state.folded.get(key)) is not None:
+            self._overflowed(key[0])
         if histogram is None:
+            asked, folding = key, state.folded
             index = key[0]
             limit = self._dns_limit if index == _DNS_IX else self._limit
             if state is self._rest or not (
@@ -493,6 +500,8 @@ class Metrics:
                 state.series[index] += 1
                 self._count += weight
                 self._in_histograms += weight
+            if key is not asked and len(folding) < _FOLDED:
+                folding[asked] = histogram
         seconds = duration_ns / 1e9
         histogram.cells[bisect_left(metric.bounds, seconds)] += 1
         histogram.cells[-1] += seconds

@@ -29,8 +29,8 @@ from exporter.emit.resource import Resource
 from exporter.emit.spans import span
 from exporter.events import Event, Workload
 
-# Receivers take 4 MiB by default; a sixteenth of it keeps the agent's memory flat while it sends.
-LIMIT = 1 << 18
+# Receivers take 4 MiB by default; a part of it keeps the agent's memory flat while it sends.
+LIMIT = 1 << 17
 # Attributes are encoded once and kept: a message of protobuf's is an arena of 1 to 3 KiB of its own, which no Python
 # tool shows. So only few are kept, and none whose values are as many as a host has peers.
 _KEPT = 512

@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 from typing import NamedTuple
+from zlib import crc32
 
 from exporter.kernel import bpf, wire
 
@@ -113,7 +114,7 @@ _ZERO = (0,) * 12
 _NOTHING = _COUNTS.pack(*_ZERO)
 _NOBODY = wire.FLOW_KEY.pack(0, 0, bytes(16), 0, 0, 0, 0, wire.FLOW_OTHER, 0)
 _MADE = wire.TALLIES.index(("made", "flows"))
-_BLOCK, _GROUP = 256, 8  # slots compared at once, and where they differ, again
+_GROUP = 16  # slots compared at once
 
 
 class _Live:
@@ -146,7 +147,8 @@ class FlowTable:
         self._reader = bpf.BatchReader(fds["flows"], wire.FLOW_KEY.size, wire.FLOW_ROW.size)
         self._live: dict[int, _Live] = {0: _Live(_NOBODY, 0, 0, 0.0)}
         self._leaving: dict[int, _Live] = {}
-        self._before: list[bytes] = []
+        self._traffic_view, self._connections_view = memoryview(self._traffic), memoryview(self._connections)
+        self._sums: list[int] = []  # by group
         self._fresh: list[int] = []
         self._made = -1
         self.first_read = True
@@ -190,48 +192,39 @@ class FlowTable:
                     self._fresh.append(slot)  # whatever it holds is new to us
 
     def _changed_slots(self) -> list[int]:
-        """Slots in blocks of memory that differ from the last read. Only slots up to the highest in use are
-        touched: untouched pages of a mapped array cost no memory."""
+        """Slots in groups whose memory differs from the last read, by checksum: a copy of the memory would double what
+        it takes, and a change that a checksum misses (one in 2^32) is read with the next. Only slots up to the highest
+        in use are touched: untouched pages of a mapped array cost no memory."""
         top = max(self._live) + 1
-        slots, size = self._slots, _TRAFFIC.size
-        now = [self._traffic[stripe * slots * size : (stripe * slots + top) * size] for stripe in range(wire.STRIPES)]
-        now.append(self._connections[: top * _CONNECTIONS.size])
-        before, self._before = self._before, now
-        self._now = now
-        old_top = min(len(before[-1]) // _CONNECTIONS.size, top) if before else 0
-        changed = [slot for slot in self._fresh if slot < old_top]
-        changed.extend(range(old_top, top))
-        self._fresh.clear()
-        widths = [size] * wire.STRIPES + [_CONNECTIONS.size]
-        for first in range(0, old_top, _BLOCK):
-            after = min(first + _BLOCK, old_top)
-            parts = [
-                (old, new, width)
-                for old, new, width in zip(before, now, widths, strict=True)
-                if old[first * width : after * width] != new[first * width : after * width]
-            ]
-            if parts:
-                for group in range(first, after, _GROUP):
-                    end = group + _GROUP
-                    for old, new, width in parts:
-                        if old[group * width : end * width] != new[group * width : end * width]:
-                            changed.extend(range(group, min(end, after)))
-                            break
+        size, other = _TRAFFIC.size, _CONNECTIONS.size
+        traffic, connections, sums = self._traffic_view, self._connections_view, self._sums
+        starts = [stripe * self._slots * size for stripe in range(wire.STRIPES)]
+        changed = self._fresh
+        self._fresh = []
+        for number, first in enumerate(range(0, top, _GROUP)):
+            after = first + _GROUP
+            total = crc32(connections[first * other : after * other])
+            for start in starts:
+                total = crc32(traffic[start + first * size : start + after * size], total)
+            if number == len(sums):
+                sums.append(~total)
+            if sums[number] != total:
+                sums[number] = total
+                changed.extend(range(first, min(after, top)))
         return changed
 
-    def _totals(self, parts: list[bytes], slot: int) -> tuple[int, ...]:
+    def _totals(self, slot: int) -> tuple[int, ...]:
         tx = tx_packets = rx = rx_packets = 0
-        at = slot * _TRAFFIC.size
-        for part in parts[:-1]:
-            a, b, c, d, _, _ = _TRAFFIC.unpack_from(part, at)
+        for stripe in range(wire.STRIPES):
+            a, b, c, d, _, _ = _TRAFFIC.unpack_from(self._traffic, (stripe * self._slots + slot) * _TRAFFIC.size)
             tx += a
             tx_packets += b
             rx += c
             rx_packets += d
-        return (tx, tx_packets, rx, rx_packets, *_CONNECTIONS.unpack_from(parts[-1], slot * _CONNECTIONS.size))
+        return (tx, tx_packets, rx, rx_packets, *_CONNECTIONS.unpack_from(self._connections, slot * _CONNECTIONS.size))
 
     def _read_slot(self, slot: int, live: _Live, now: float, rows: list[Row]) -> None:
-        totals = self._totals(self._now, slot)
+        totals = self._totals(slot)
         packed = _COUNTS.pack(*totals)
         if packed == live.packed_totals:
             return
@@ -275,12 +268,7 @@ class FlowTable:
 
     def _retire(self, slot: int, live: _Live, rows: list[Row]) -> None:
         size, slots = _TRAFFIC.size, self._slots
-        parts = [
-            self._traffic[(stripe * slots + slot) * size : (stripe * slots + slot + 1) * size]
-            for stripe in range(wire.STRIPES)
-        ]
-        parts.append(self._connections[slot * _CONNECTIONS.size : (slot + 1) * _CONNECTIONS.size])
-        totals = self._totals(parts, 0)
+        totals = self._totals(slot)
         before = _COUNTS.unpack(live.packed_totals)
         if totals != before:
             rows.append(Row(live.key, live.since, tuple(map(int.__sub__, totals, before))))
@@ -327,11 +315,13 @@ class FlowTable:
         return len(orphans)
 
     def close(self) -> None:
+        self._traffic_view.release()
+        self._connections_view.release()
         self._traffic.close()
         self._connections.close()
 
 
-_NAMES_CACHED = 4096
+_NAMES_CACHED = 2048
 
 
 class NameTable:
