@@ -40,6 +40,7 @@ TICK = 0.2  # the ring is drained so often; nobody wakes us but a ring that fill
 FOLD_SECONDS = 5.0  # counters are read at least so often, and whenever somebody asks for metrics
 REFRESH_SECONDS = 1.0  # who asks waits no longer than this
 HOUSEKEEPING_SECONDS = 5.0
+NEW_PROCESSES = 64  # looked at for TLS libraries in one tick
 IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slot back
 
 
@@ -111,6 +112,7 @@ class Pipeline:
         self.refresh_wanted, self.refreshed = threading.Event(), threading.Event()
         self.watched = inode(kernel.cgroup)
         self.watching = True
+        self.met: set[int] = set()  # pids of the events since the last look
         self.looked_at: set[int] = set()
         self.next_fold = self.next_housekeeping = 0.0
         metrics.gauge("ebfw.build.info", 1, version=__version__, kernel=platform.release())
@@ -137,8 +139,8 @@ class Pipeline:
         self.metrics.observe(event)
         if event.filtered:
             return
-        if self.libraries is not None and event.pid and event.pid not in self.looked_at:
-            self._look_at(event.pid)
+        if event.pid:
+            self.met.add(event.pid)
         event = redact(event, self.redaction)
         self.console.write(event)
         self.otlp.emit(event)
@@ -159,6 +161,7 @@ class Pipeline:
             wake.poll(TICK)
             self.workloads.poll()
             self.drain()
+            self._look_at_processes()
             now = time.monotonic()
             if now >= self.next_fold or self.refresh_wanted.is_set():
                 self.refresh_wanted.clear()
@@ -249,11 +252,14 @@ class Pipeline:
         libraries.scan()
         return libraries
 
-    def _look_at(self, pid: int) -> None:
-        """A process that we have not met: its TLS library may be one that has no probe yet."""
-        self.looked_at.add(pid)
-        if self.libraries is not None:
-            self.libraries.look_at(pid)
+    def _look_at_processes(self) -> None:
+        """Processes that we have not met: the TLS library of one may have no probe yet. A few at a time: a storm of
+        short ones must not hold up the ring, and what is not looked at now is found by the next scan."""
+        new, self.met = self.met - self.looked_at, set()
+        for pid in list(new)[:NEW_PROCESSES]:
+            self.looked_at.add(pid)
+            if self.libraries is not None:
+                self.libraries.look_at(pid)
 
     def _look_after_cgroup(self) -> None:
         """The kernel detaches the programs when their cgroup is removed; one that is made again is another."""
