@@ -17,6 +17,8 @@ demo: ## a workload of its own, and what the agent sees of it (DURATION=20 secon
 
 run: ## the agent for this whole host, or for one subtree (CGROUP=/sys/fs/cgroup/system.slice)
 	@scripts/install run
+	@if [ "$(origin CGROUP)" != undefined ] && [ -z "$(CGROUP)" ]; then \
+		echo "CGROUP is empty: name a cgroup, or leave CGROUP out to watch the whole host" >&2; exit 2; fi
 	@$(if $(CGROUP),EBFW_CGROUP='$(CGROUP)') scripts/as-root .venv/bin/ebfw
 
 check: ## what this kernel and host can do, and what is lost where they cannot

@@ -378,6 +378,8 @@ INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct so
 	if (!s->stride) {
 		set_workload(skb, s);
 		set_local(s, sk);
+		if (s->transport != PROTO_TCP) /* an unconnected socket has no address of its own */
+			copy16(s->local, p.source);
 	}
 	if (s->flags & S_RETURN && !(s->flags & S_DETOUR)) {
 		connected_peer(sk, s);

@@ -124,7 +124,7 @@ def _need_privilege(command: str) -> None:
         effective = 0
     if not effective & (1 << _CAP_SYS_ADMIN | 1 << _CAP_BPF):
         again = "sudo ebfw" if command == "run" else f"sudo ebfw {command}"
-        raise NotPermitted(f"this needs root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON); try: {again}")
+        raise NotPermitted(f"this needs root (or CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN); try: {again}")
 
 
 def _complain(error: EbfwError, status: int) -> int:

@@ -52,8 +52,8 @@ def run(settings: Settings) -> int:
     kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
     resources = Resources(platform.node(), settings.node_name, __version__, settings.otel)
     metrics = Metrics(resources)
-    attached = threading.Event()
-    server = serve_metrics(settings, metrics, lambda: "" if attached.is_set() else "the programs are not attached yet")
+    state = ["the programs are not attached yet"]  # what /readyz waits for
+    server = serve_metrics(settings, metrics, lambda: state[0])
     try:
         # A stop while we compile and attach: what is half made is removed, too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -61,12 +61,12 @@ def run(settings: Settings) -> int:
         kernel.attach(settings.exclude_cidrs, settings.exclude_suffixes)
         log.info(
             "attached to %s in %.2f s (%s)",
-            cgroup,
+            f"{cgroup}, the whole host," if cgroup == root else cgroup,
             time.monotonic() - started,
             "adopted" if kernel.adopted_programs else "counters adopted" if kernel.adopted_maps else "new",
         )
-        attached.set()
-        pipeline = Pipeline(settings, root, kernel, resources, metrics)
+        pipeline = Pipeline(settings, root, kernel, resources, metrics, state)
+        state[0] = ""
         try:
             pipeline.run()
         finally:
@@ -81,8 +81,17 @@ def run(settings: Settings) -> int:
 class Pipeline:
     """Ring -> decode -> join (who, name) -> redact -> metrics, console, OTLP; counters -> metrics."""
 
-    def __init__(self, settings: Settings, root: Path, kernel: Kernel, resources: Resources, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        root: Path,
+        kernel: Kernel,
+        resources: Resources,
+        metrics: Metrics,
+        state: list[str] | None = None,
+    ) -> None:
         self.kernel, self.metrics = kernel, metrics
+        self.state = state or [""]
         self.clock = Clock()
         self.containers = ContainerNames()
         self.workloads = Workloads(root, self.containers)
@@ -265,7 +274,8 @@ class Pipeline:
         """The kernel detaches the programs when their cgroup is removed; one that is made again is another."""
         if self.watching and (not self.watched or inode(self.kernel.cgroup) != self.watched):
             self.watching = False
-            log.warning("the cgroup %s is gone; nothing is watched until ebfw is started again", self.kernel.cgroup)
+            self.state[0] = f"the cgroup {self.kernel.cgroup} is gone; nothing is watched until ebfw is started again"
+            log.warning("%s", self.state[0])
 
     def _stop(self, *_: object) -> None:
         self.stopping = True
@@ -343,6 +353,7 @@ def detach(settings: Settings) -> int:
 def check(settings: Settings) -> int:
     """Say what this host allows, and the size of every map; 0 if the agent can run."""
     root = find_root()
+    scope_of(settings, root)
     return preflight.report(
         settings.cgroup,
         root,

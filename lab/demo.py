@@ -114,12 +114,12 @@ class Agent:
         while True:
             self.check()
             try:
-                self.metrics()
+                self._get("/readyz")  # 503 until the programs are attached
                 return
             except (OSError, http.client.HTTPException):
                 now = time.monotonic()
                 if now - began > _START_SECONDS:
-                    raise LabError(f"the agent has no /metrics after {_START_SECONDS:.0f} s; try: ebfw check") from None
+                    raise LabError(f"the agent is not ready after {_START_SECONDS:.0f} s; try: ebfw check") from None
                 if now - told > 2:
                     told = now
                     say(f"  waiting for the agent ({now - began:.0f} s)")
@@ -133,7 +133,10 @@ class Agent:
 
     def metrics(self) -> str:
         """The text of /metrics. Raises OSError and HTTPException."""
-        with urllib.request.urlopen(f"http://{self.address}/metrics", timeout=10) as answer:
+        return self._get("/metrics")
+
+    def _get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=10) as answer:
             return str(answer.read().decode())
 
     def stop(self) -> None:

@@ -21,6 +21,8 @@ from exporter.emit.otlp_settings import GRPC, Endpoint
 
 # It logs header lines that it cannot parse, and those are secrets; ours are parsed before (otlp_settings.py).
 logging.getLogger("opentelemetry.util.re").disabled = True
+# The exporters say every attempt that failed and will be tried again; the last one, an error, is enough.
+logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
 
 
 class Result(NamedTuple):
