@@ -261,7 +261,7 @@ class _Bad(Exception):
     """The bytes contradict the format, or end too early."""
 
 
-_ASKED = 4096
+_ASKED = 2048
 _asked: dict[bytes, str] = {}  # names as they stand in questions -> as text
 _new = tuple.__new__
 

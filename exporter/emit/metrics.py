@@ -37,7 +37,7 @@ ENDED_SECONDS = 300.0  # at least two scrapes after a workload's end
 IDLE_SECONDS = 900.0
 _SCALARS = 1000  # of the agent's own, for each instrument: their labels are constants of the code
 _CGROUPS = 16_384
-_FOLDED = 1000  # folded label sets remembered for each identity
+_FOLDED = 200  # folded label sets remembered for each identity
 
 _IX = {metric: index for index, metric in enumerate(c.WORKLOAD_METRICS)}
 _CELL_IX = tuple(_IX[metric] for metric, _ in c.CELLS)

@@ -33,7 +33,7 @@ from exporter.events import Event, Workload
 LIMIT = 1 << 17
 # Attributes are encoded once and kept: a message of protobuf's is an arena of 1 to 3 KiB of its own, which no Python
 # tool shows. So only few are kept, and none whose values are as many as a host has peers.
-_KEPT = 512
+_KEPT = 256
 _MANY = frozenset(
     (
         c.SERVER_ADDRESS,
