@@ -46,13 +46,16 @@ def parse(text: str) -> list[Sample]:
     return found
 
 
+_FIGURE = re.compile(r"\d[\d,]*(\.\d+)?( [KMG]?B)?$|-$")
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Columns aligned: text to the left, figures to the right."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
 
     def cell(text: str, width: int) -> str:
-        return text.rjust(width) if text[:1].isdigit() else text.ljust(width)
+        return text.rjust(width) if _FIGURE.match(text) else text.ljust(width)
 
     return ["  " + "  ".join(map(cell, line, widths)).rstrip() for line in lines]
 
