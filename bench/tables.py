@@ -75,7 +75,7 @@ def _reading(kernel: Kernel, rounds: int) -> Iterator[Row]:
         feed.close()
     what = f"reading all counters, {FLOWS:,} flows"
     yield single(f"{what}, all moved", every, "ms", note=f"the first read, new to the agent: {first:.0f} ms")
-    yield single(f"{what}, 1 % moved", some, "ms", note="every 2 s in the agent")
+    yield single(f"{what}, 1 % moved", some, "ms", note="every 5 s in the agent")
     yield single(f"{what}, none moved", none, "ms")
 
 

@@ -52,8 +52,8 @@ def run(settings: Settings) -> int:
     kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
     resources = Resources(platform.node(), settings.node_name, __version__, settings.otel)
     metrics = Metrics(resources)
-    state = ["the programs are not attached yet"]  # what /readyz waits for
-    server = serve_metrics(settings, metrics, lambda: state[0])
+    unready = ["the programs are not attached yet"]  # why /readyz says no, in its one place; "" = ready
+    server = serve_metrics(settings, metrics, lambda: unready[0])
     try:
         # A stop while we compile and attach: what is half made is removed, too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -65,8 +65,8 @@ def run(settings: Settings) -> int:
             time.monotonic() - started,
             "adopted" if kernel.adopted_programs else "counters adopted" if kernel.adopted_maps else "new",
         )
-        pipeline = Pipeline(settings, root, kernel, resources, metrics, state)
-        state[0] = ""
+        pipeline = Pipeline(settings, root, kernel, resources, metrics, unready)
+        unready[0] = ""
         try:
             pipeline.run()
         finally:
@@ -88,10 +88,10 @@ class Pipeline:
         kernel: Kernel,
         resources: Resources,
         metrics: Metrics,
-        state: list[str] | None = None,
+        unready: list[str] | None = None,
     ) -> None:
         self.kernel, self.metrics = kernel, metrics
-        self.state = state or [""]
+        self.unready = unready or [""]
         self.clock = Clock()
         self.containers = ContainerNames()
         self.workloads = Workloads(root, self.containers)
@@ -274,8 +274,8 @@ class Pipeline:
         """The kernel detaches the programs when their cgroup is removed; one that is made again is another."""
         if self.watching and (not self.watched or inode(self.kernel.cgroup) != self.watched):
             self.watching = False
-            self.state[0] = f"the cgroup {self.kernel.cgroup} is gone; nothing is watched until ebfw is started again"
-            log.warning("%s", self.state[0])
+            self.unready[0] = f"the cgroup {self.kernel.cgroup} is gone; nothing is watched until ebfw is started again"
+            log.warning("%s", self.unready[0])
 
     def _stop(self, *_: object) -> None:
         self.stopping = True

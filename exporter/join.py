@@ -89,7 +89,7 @@ class Join:
     def name(self, who: Workload, identity: int, address: str, now: int) -> tuple[str, str]:
         """What a peer is called, and whence the name: shown name, learned name, address. `now`: monotonic ns."""
         if identity:
-            # Counters pass no redaction: what a Host line has before an @ is not for them either.
+            # Counters pass no redaction. The kernel takes no name with an @ from a Host; a ClientHello may have one.
             shown = self._name_of(identity).rpartition("@")[2]
             if shown:
                 return shown, _SOURCES.get(identity & 3, events.SNI)

@@ -23,11 +23,6 @@ INLINE u64 lower_word(u64 w)
 	return w | (((from_a ^ above_z) & ~w & BYTES(0x80)) >> 2);
 }
 
-INLINE u32 lower_char(u32 c)
-{
-	return c >= 'A' && c <= 'Z' ? c | 32 : c;
-}
-
 /* in: text[0..name_length); out: key. Returns the id: the hash, and in its low bits who showed the name; never 0. */
 INLINE u64 name_finish(struct inspection *in, u64 evidence)
 {

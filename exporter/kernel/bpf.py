@@ -32,14 +32,13 @@ _NR_BPF, _NR_PERF_EVENT_OPEN = _SYSCALLS.get(platform.machine(), (0, 0))
     _OBJ_PIN,
     _OBJ_GET,
 ) = range(8)
-_TEST_RUN, _OBJ_INFO, _PROG_QUERY, _BTF_LOAD = 10, 15, 16, 18
+_TEST_RUN, _OBJ_INFO, _BTF_LOAD = 10, 15, 18
 _LOOKUP_BATCH, _LINK_CREATE, _LINK_UPDATE, _LINK_DETACH = 24, 28, 29, 34
 
 # enum bpf_map_type
 HASH, ARRAY, PERCPU_ARRAY, CGROUP_ARRAY, LPM_TRIE, STACK, SK_STORAGE, RINGBUF = 1, 2, 6, 8, 11, 23, 24, 27
 # map_flags
 NO_PREALLOC, MMAPABLE = 1, 1 << 10
-NOEXIST = 1
 
 # enum bpf_prog_type and enum bpf_attach_type, of those we use
 KPROBE, CGROUP_SKB, CGROUP_SOCK, SOCK_OPS, CGROUP_SOCK_ADDR = 2, 8, 9, 13, 18
@@ -335,18 +334,6 @@ def map_memory(fd: int) -> int:
             if line.startswith("memlock:"):
                 return int(line.split()[1])
     return 0
-
-
-def prog_id(fd: int) -> int:
-    return int(struct.unpack_from("<II", _info(fd, 128), 0)[1])
-
-
-def prog_query(cgroup: int, attach: int) -> list[int]:
-    """Ids of the programs attached to a cgroup itself."""
-    ids = (ctypes.c_uint32 * 64)()
-    attributes = struct.pack("<IIIIQIIQ", cgroup, attach, 0, 0, _address(ids), 64, 0, 0)
-    buffer = _call(_PROG_QUERY, attributes)[1]
-    return list(ids[: struct.unpack_from("<I", buffer, 24)[0]])
 
 
 def test_run(program: int, packet: bytes, repeat: int = 1) -> tuple[int, int]:  # noqa: PT028  # a system call
