@@ -55,6 +55,37 @@ class Workload(NamedTuple):
     container_name: str = ""
 
 
+class Exchange(NamedTuple):
+    """How an HTTP request went. Sizes are bodies, in bytes, None where they cannot be told; durations nanoseconds."""
+
+    version: str  # "1.0", "1.1", "2"
+    scheme: str  # http | https
+    status: int = 0  # 0 = no response was seen
+    error: str = ""  # why there is none, or not a whole one: a word of `error.type`
+    first_byte: int | None = None  # request's first byte -> response's first byte; interim responses (1xx) do not count
+    request_size: int | None = None
+    response_size: int | None = None
+    grpc_status: int | None = None  # None = not gRPC, or not told
+    traceparent: str = ""  # as the application sent it; "" unless valid (W3C Trace Context)
+    sequence: int = 0  # the how-manieth request of its connection, from 1; 0 = not known
+    partial: str = ""  # midway | lost: the connection is older than the agent, or a part of it was not seen
+
+
+class Tls(NamedTuple):
+    """What a TLS or QUIC handshake shows on the wire. Versions are "1.3", "1.2", ..."""
+
+    version: str = ""  # negotiated; "" until the server has answered
+    offered: str = ""  # the highest that the client offers
+    alpn: tuple[str, ...] = ()  # offered, in the client's order
+    group: str = ""  # of the key exchange that the server took ("X25519MLKEM768"); TLS 1.3 only
+    post_quantum: bool = False  # the client offers a key share that holds against a quantum computer
+    ech: bool = False  # the client offers Encrypted Client Hello: the name is the outer one
+    ja4: str = ""  # fingerprint of the client
+    resumed: bool | None = None
+    alert: str = ""  # the fatal alert that ended it
+    quic: str = ""  # QUIC version ("1", "2"); "" over TCP
+
+
 class Event(NamedTuple):
     """One thing worth telling: it has happened, it is attributed, it has (where it can) a name and a duration."""
 
@@ -73,7 +104,7 @@ class Event(NamedTuple):
     domain: str  # the peer's name or, for kind dns, the name asked
     name_source: str  # one of HOST, SNI, DNS_ANSWER, ADDRESS
     status: str  # connect/close: OK or one of FAILURES; dns: rcode name or "timeout"; else ""
-    duration: int | None = None  # connect: handshake; close: lifetime; dns: query to answer
+    duration: int | None = None  # connect, tls: handshake; close: lifetime; dns: query to answer; http: to its end
     tx_bytes: int = 0  # close only, with the next four
     rx_bytes: int = 0
     retransmits: int = 0
@@ -86,6 +117,9 @@ class Event(NamedTuple):
     proxy: str = ""  # "address:port" of the HTTP proxy through which `domain` was asked for
     cookie: int = 0  # the socket's; joins the events of one connection. 0 = no socket known (https)
     filtered: bool = False  # matched `exclude`: counted, never narrated
+    exchange: Exchange | None = None  # http, https
+    tls: Tls | None = None  # tls
+    search_expansion: bool = False  # dns: no failure, a name of the resolver's search list that led nowhere
 
 
 class Flow(NamedTuple):

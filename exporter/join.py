@@ -27,9 +27,9 @@ SECOND = 1_000_000_000
 _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
 
 
-# Event(...) sorts 28 arguments by name, at three times the cost; hence tuples in the order of its fields.
+# Event(...) sorts 31 arguments by name, at three times the cost; hence tuples in the order of its fields.
 _new = tuple.__new__
-assert len(Event._fields) == 28
+assert len(Event._fields) == 31
 
 
 class _Query(NamedTuple):
@@ -160,6 +160,9 @@ class Join:
                 "",
                 cookie,
                 source != events.ADDRESS and self._hidden(domain),
+                None,
+                None,
+                False,
             ),
         )
 
@@ -210,6 +213,9 @@ class Join:
                 proxy,
                 s.cookie,
                 source != events.ADDRESS and self._hidden(domain),
+                None,
+                None,
+                False,
             ),
         )
 

@@ -338,6 +338,7 @@ class JsonFormat:
             kind, when, who, pid, comm, transport, role, src, src_port, dst, port, scope, domain,
             source, status, duration, sent, received, retransmits, rtt, dns_type, answers,
             method, path, headers, proxy, _cookie, _filtered,
+            _, _, _,
         ) = event  # fmt: skip
         second, nanoseconds = divmod(when, 1_000_000_000)
         if second != self._second:
