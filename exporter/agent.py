@@ -40,6 +40,8 @@ TICK = 0.2  # the ring is drained so often; nobody wakes us but a ring that fill
 FOLD_SECONDS = 5.0  # counters are read at least so often, and whenever somebody asks for metrics
 REFRESH_SECONDS = 1.0  # who asks waits no longer than this
 HOUSEKEEPING_SECONDS = 5.0
+BATCH = 256  # records in one step of the pipeline,
+RECORDS = 100_000  # and until the pipeline looks at anything else
 NEW_PROCESSES = 64  # looked at for TLS libraries in one tick
 IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slot back
 
@@ -130,29 +132,26 @@ class Pipeline:
 
     def drain(self) -> int:
         """Take what the ring holds through the pipeline; how many records."""
-        records = self.kernel.ring.drain()
-        add, tell = self.join.add, self.tell
-        for data in records:
-            sighting = decode(data)
-            if sighting is None:
-                continue
-            event = add(sighting)
-            if event is not None:
-                tell(event)
-        for event in self.join.expire(time.monotonic_ns()):
-            tell(event)
-        return len(records)
+        taken, add = 0, self.join.add
+        # Stage by stage over a few hundred records: the code and tables of one stage stay in the CPU's caches.
+        while taken < RECORDS and (records := self.kernel.ring.drain(BATCH)):
+            taken += len(records)
+            sightings = [sighting for data in records if (sighting := decode(data)) is not None]
+            self.tell([event for sighting in sightings if (event := add(sighting)) is not None])
+        self.tell(list(self.join.expire(time.monotonic_ns())))
+        return taken
 
-    def tell(self, event: Event) -> None:
-        """One event to every way out, its secrets hidden."""
-        self.metrics.observe(event)
-        if event.filtered:
-            return
-        if event.pid:
-            self.met.add(event.pid)
-        event = redact(event, self.redaction)
-        self.console.write(event)
-        self.otlp.emit(event)
+    def tell(self, events: list[Event]) -> None:
+        """Events to every way out, their secrets hidden."""
+        observe, write, emit, options = self.metrics.observe, self.console.write, self.otlp.emit, self.redaction
+        for event in events:
+            observe(event)
+        events = [event for event in events if not event.filtered]
+        self.met.update([event.pid for event in events])
+        for event in events:
+            event = redact(event, options)
+            write(event)
+            emit(event)
 
     def run(self) -> None:
         """Until a signal."""
@@ -264,7 +263,7 @@ class Pipeline:
     def _look_at_processes(self) -> None:
         """Processes that we have not met: the TLS library of one may have no probe yet. A few at a time: a storm of
         short ones must not hold up the ring, and what is not looked at now is found by the next scan."""
-        new, self.met = self.met - self.looked_at, set()
+        new, self.met = self.met - self.looked_at - {0}, set()
         for pid in list(new)[:NEW_PROCESSES]:
             self.looked_at.add(pid)
             if self.libraries is not None:

@@ -6,6 +6,7 @@ In: bytes as bpf/wire.h lays them out. Out: a `Sighting`, a plain tuple, or None
 from __future__ import annotations
 
 import socket
+import struct
 from typing import NamedTuple
 
 from exporter.health import losses
@@ -54,11 +55,22 @@ class Sighting(NamedTuple):
     payload: bytes
 
 
+class Message(NamedTuple):
+    """A DNS message that the kernel saw, read no further than to find its other half."""
+
+    kind: int  # QUERY | ANSWER
+    time: int
+    place: tuple[int, bytes]  # what a query and its answer have in common: the socket, id and question
+    record: bytes  # whole: `whole()` reads it
+
+
 _addresses: dict[bytes, str] = {}
 _comms: dict[bytes, str] = {}
 _TRANSPORTS = {6: "tcp", 17: "udp"}
 _MAPPED = bytes(10) + b"\xff\xff"
 _unpack, _size = wire.RECORD.unpack_from, wire.RECORD.size
+_KIND, _LENGTH, _QNAME = wire.Record.kind.offset, wire.Record.length.offset, _size + 12
+_TIME_AND_COOKIE, _U16 = struct.Struct("<Q8xQ").unpack_from, struct.Struct("<H").unpack_from
 _new = tuple.__new__
 
 
@@ -87,11 +99,42 @@ def _comm(raw: bytes) -> str:
     return text
 
 
-def decode(data: bytes) -> Sighting | None:
+def decode(data: bytes) -> Sighting | Message | None:
     """Read one record. What is too short or of no known kind is counted and None."""
     if len(data) < _size:
         losses.add("decode", "short")
         return None
+    kind = data[_KIND]
+    return _message(data, kind) if kind in (QUERY, ANSWER) else whole(data)
+
+
+# Half of all records are DNS messages where names are asked for often, and of a query and its answer one is read.
+def _message(data: bytes, kind: int) -> Message | None:
+    """The question of a standard message (RFC 1035 section 4.1) with one question, the name in lower case: resolvers
+    play with case, and servers may not play along."""
+    # Up to the first zero: the name's end or, in a name that holds a zero, a cut that is the same in both.
+    end = data.find(b"\0", _QNAME) + 5
+    flags = 0x80 if kind == ANSWER else 0
+    if (
+        end < _QNAME + 5
+        or end > _size + _U16(data, _LENGTH)[0]
+        or data[_size + 2] & 0xF8 != flags
+        or data[_size + 4]
+        or data[_size + 5] != 1
+    ):
+        losses.add("decode", "dns")
+        return None
+    time, cookie = _TIME_AND_COOKIE(data)
+    return _new(Message, (kind, time, (cookie, data[_size : _size + 2] + data[_QNAME:end].lower()), data))
+
+
+def payload(data: bytes) -> bytes:
+    """What follows the record's fixed part."""
+    return data[_size : _size + _U16(data, _LENGTH)[0]]
+
+
+def whole(data: bytes) -> Sighting | None:
+    """Read all of one record, which is not too short."""
     (
         time,
         cgroup,

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any
 
 from exporter import decode, events
-from exporter.decode import Sighting
+from exporter.decode import Message, Sighting
 from exporter.events import Event, Workload
 from exporter.health import losses
-from exporter.parse import parse_dns, parse_request
+from exporter.parse import DnsMessage, parse_dns, parse_request
 
 QUERIES = 8192  # open at once; a query is given up after QUERY_SECONDS
 QUERY_SECONDS = 5
@@ -30,11 +30,6 @@ _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
 # Event(...) sorts 31 arguments by name, at three times the cost; hence tuples in the order of its fields.
 _new = tuple.__new__
 assert len(Event._fields) == 31
-
-
-class _Query(NamedTuple):
-    sighting: Sighting
-    who: Workload
 
 
 class _Head:
@@ -56,15 +51,15 @@ class Join:
         who: Callable[[int], Workload],
         name_of: Callable[[int], str],
         learned: Callable[[Workload, str, int], str],
-        learn: Callable[[Workload, str, list[tuple[str, int]], int], None],
+        learn: Callable[[Workload, str, tuple[tuple[str, int], ...], int], None],
         hidden: Callable[[str], bool],
         to_wall: Callable[[int], int],
     ) -> None:
         self._who, self._name_of, self._learned, self._learn = who, name_of, learned, learn
         self._hidden, self._to_wall = hidden, to_wall
-        self._queries: OrderedDict[tuple[int, bytes], _Query] = OrderedDict()
+        self._queries: OrderedDict[tuple[int, bytes], Message] = OrderedDict()
         self._heads: OrderedDict[int, _Head] = OrderedDict()
-        self._read = {
+        self._read: dict[int, Callable[[Any], Event | None]] = {
             decode.OPENED: self._connection,
             decode.FAILED: self._connection,
             decode.CLOSED: self._connection,
@@ -78,7 +73,7 @@ class Join:
     def __len__(self) -> int:
         return len(self._queries) + len(self._heads)
 
-    def add(self, sighting: Sighting) -> Event | None:
+    def add(self, sighting: Sighting | Message) -> Event | None:
         """The event that this sighting completes, if it does."""
         read = self._read.get(sighting.kind)
         if read is None:
@@ -221,50 +216,89 @@ class Join:
 
     # --- DNS ------------------------------------------------------------------------------------------------------
 
-    # A query is parsed when its answer comes, or when none does: the two have the same question, byte for byte but
-    # for case, and the answer is parsed anyway.
+    # A query is read when its answer comes, or when none does: until then only their common place matters.
 
-    def _query(self, s: Sighting) -> Event | None:
-        place = _question(s, 0)
-        if place is None:
-            losses.add("decode", "dns")
-            return None
-        if place in self._queries:  # asked again: the first question's time counts
-            return None
-        self._queries[place] = _Query(s, self._who(s.cgroup))
-        if len(self._queries) > QUERIES:
+    def _query(self, query: Message) -> None:
+        queries, place = self._queries, query.place
+        if place in queries:  # asked again: the first question's time counts
+            return
+        queries[place] = query
+        if len(queries) > QUERIES:
             losses.add("join", "queries_full")
-            self._queries.popitem(last=False)
-        return None
+            queries.popitem(last=False)
 
-    def _answer(self, s: Sighting) -> Event | None:
-        place = _question(s, 0x80)
-        if place is None:
-            losses.add("decode", "dns")
-            return None
-        query = self._queries.get(place)
+    def _answer(self, answer: Message) -> Event | None:
+        query = self._queries.get(answer.place)
         if query is None:  # a second answer, one to a question before our time, or a forged one: nothing is learned
             losses.add("join", "answer_without_query")
             return None
-        message = parse_dns(s.payload)
+        message = parse_dns(decode.payload(answer.record))
         if message is None:
             losses.add("decode", "dns")
             return None
-        del self._queries[place]
-        who, asked = query.who, query.sighting
-        addresses = [(data, ttl) for _, kind, ttl, data in message.answers if kind in ("A", "AAAA")]
-        if addresses:
-            self._learn(who, message.qname, addresses, s.time)
-        return self._event(
-            events.DNS,
-            asked,
-            who,
-            message.qname,
-            events.DNS_ANSWER,
-            message.rcode,
-            s.time - asked.time,
-            message.qtype,
-            tuple([answer.data for answer in message.answers if answer.data]),
+        del self._queries[answer.place]
+        event = self._lookup(query, answer.time, message, message.rcode)
+        if event is not None and message.addresses:
+            self._learn(event.workload, message.qname, message.addresses, answer.time)
+        return event
+
+    def _lookup(self, query: Message, end: int, message: DnsMessage, status: str) -> Event | None:
+        asked = decode.whole(query.record)
+        if asked is None:
+            return None
+        (
+            _,
+            time,
+            cgroup,
+            cookie,
+            _,
+            pid,
+            comm,
+            transport,
+            role,
+            scope,
+            local,
+            local_port,
+            peer,
+            port,
+            *_,
+        ) = asked
+        name = message.qname
+        return _new(
+            Event,
+            (
+                events.DNS,
+                self._to_wall(time),
+                self._who(cgroup),
+                pid,
+                comm,
+                transport,
+                role,
+                local,
+                local_port,
+                peer,
+                port,
+                scope,
+                name,
+                events.DNS_ANSWER,
+                status,
+                end - time,
+                0,
+                0,
+                0,
+                None,
+                message.qtype,
+                message.answers,
+                "",
+                "",
+                (),
+                "",
+                cookie,
+                self._hidden(name),
+                None,
+                None,
+                False,
+            ),
         )
 
     # --- names and requests ---------------------------------------------------------------------------------------
@@ -341,23 +375,16 @@ class Join:
         CLOCK_MONOTONIC ns."""
         while self._queries:
             place, query = next(iter(self._queries.items()))
-            if now - query.sighting.time < QUERY_SECONDS * SECOND:
+            if now - query.time < QUERY_SECONDS * SECOND:
                 break
             del self._queries[place]
-            message = parse_dns(query.sighting.payload)
+            message = parse_dns(decode.payload(query.record))
             if message is None:
                 losses.add("decode", "dns")
                 continue
-            yield self._event(
-                events.DNS,
-                query.sighting,
-                query.who,
-                message.qname,
-                events.DNS_ANSWER,
-                "timeout",
-                now - query.sighting.time,
-                message.qtype,
-            )
+            event = self._lookup(query, now, message, "timeout")
+            if event is not None:
+                yield event
         while self._heads:
             cookie, head = next(iter(self._heads.items()))
             if now - head.time < HEAD_SECONDS * SECOND:
@@ -369,15 +396,3 @@ class Join:
             event = self._request(events.HTTP, head.first, head.data)
             if event is not None:
                 yield event
-
-
-def _question(s: Sighting, response: int) -> tuple[int, bytes] | None:
-    """What a query and its answer have in common: socket, id, question (RFC 1035 section 4.1; the name in lower case,
-    since resolvers play with it and servers may not play along). None where the message is not a standard one with
-    one question, or no `response` (bit QR)."""
-    data = s.payload
-    # Up to the first zero: the name's end or, in a name that holds a zero, a cut that is the same in both.
-    end = data.find(b"\0", 12) + 5
-    if end < 5 or len(data) < end or data[2] & 0xF8 != response or data[4] or data[5] != 1:
-        return None
-    return s.cookie, data[:2] + data[12:end].lower()

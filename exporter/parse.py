@@ -229,31 +229,24 @@ MAX_ANSWERS = 64
 _MAX_JUMPS = 16
 _HEADER_FORMAT = struct.Struct("!HHHHHH")
 _QUESTION_FORMAT = struct.Struct("!HH")
-_RECORD_FORMAT = struct.Struct("!HHIH")
+_RECORD_FORMAT = struct.Struct("!HHHIH")  # the owner as a pointer, type, class, TTL, length
 _PLAIN_LABEL = re.compile(rb"[!-\-/-\[\]-~]+")
-
-
-class Answer(NamedTuple):
-    """One record of the answer section. `ttl` in seconds. `data`: an address (canonical), a name, "10
-    mx.name", "0 5 443 srv.name"; "" for types that are not read (TXT and other)."""
-
-    name: str
-    type: str
-    ttl: int
-    data: str
 
 
 class DnsMessage(NamedTuple):
     """A DNS query or answer. `rcode` is "" on queries. `qname` is lower case, without the final dot, unusual
-    bytes escaped as \\DDD (RFC 4343); "." for the root. `truncated`: TC is set, or the capture ends before
-    the answers do."""
+    bytes escaped as \\DDD (RFC 4343); "." for the root. `answers`: what the answer section says, in its order: an
+    address (canonical), a name, "10 mx.name", "0 5 443 srv.name"; types that are not read (TXT and other) say nothing.
+    `addresses`: (address, TTL in seconds) of the A and AAAA records. `truncated`: TC is set, or the capture ends
+    before the answers do."""
 
     id: int
     is_response: bool
     rcode: str
     qname: str
     qtype: str
-    answers: tuple[Answer, ...]
+    answers: tuple[str, ...]
+    addresses: tuple[tuple[str, int], ...]
     truncated: bool
 
 
@@ -261,8 +254,9 @@ class _Bad(Exception):
     """The bytes contradict the format, or end too early."""
 
 
-_ASKED = 2048
+_CACHED = 4096
 _asked: dict[bytes, str] = {}  # names as they stand in questions -> as text
+_addresses: dict[bytes, str] = {}
 _new = tuple.__new__
 
 
@@ -286,7 +280,7 @@ def parse_dns(data: bytes) -> DnsMessage | None:
         if known is None:
             qname, after = _name(data, 12)
             if after == at:
-                if len(_asked) >= _ASKED:
+                if len(_asked) >= _CACHED:
                     _asked.clear()
                 _asked[written] = qname
             at = after
@@ -299,46 +293,68 @@ def parse_dns(data: bytes) -> DnsMessage | None:
     if qclass & 0x7FFF not in (1, 3, 4, 254, 255):
         return None
     response = flags & 0x8000 != 0
-    answers: tuple[Answer, ...] = ()
+    answers: list[str] = []
+    addresses: list[tuple[str, int]] = []
     truncated = flags & 0x0200 != 0
-    if response and count:
-        answers, complete = _answers(data, at + 4, count, qname)
-        truncated = truncated or not complete
-    rcode = RCODES[flags & 15] if response else ""
-    return _new(DnsMessage, (ident, response, rcode, qname, QTYPES.get(qtype) or f"TYPE{qtype}", answers, truncated))
+    if response and count and not _answers(data, at + 4, count, answers, addresses):
+        truncated = True
+    return _new(
+        DnsMessage,
+        (
+            ident,
+            response,
+            RCODES[flags & 15] if response else "",
+            qname,
+            QTYPES.get(qtype) or f"TYPE{qtype}",
+            tuple(answers),
+            tuple(addresses),
+            truncated,
+        ),
+    )
 
 
-def _answers(data: bytes, at: int, count: int, qname: str) -> tuple[tuple[Answer, ...], bool]:
-    """Up to MAX_ANSWERS answers from `at`, and whether those are all."""
-    answers: list[Answer] = []
-    unpack, size = _RECORD_FORMAT.unpack_from, len(data)
+def _answers(data: bytes, at: int, count: int, answers: list[str], addresses: list[tuple[str, int]]) -> bool:
+    """Read up to MAX_ANSWERS answers from `at` on; were those all?"""
+    unpack, size, known = _RECORD_FORMAT.unpack_from, len(data), _addresses
     try:
         for _ in range(min(count, MAX_ANSWERS)):
             # Nearly every owner is a pointer to the question (offset 12): no need to walk it again.
-            if data[at] == 0xC0 and data[at + 1] == 12:
-                name = qname
-                at += 2
-            else:
-                name, at = _name(data, at)
-            kind, _class, ttl, length = unpack(data, at)
-            at += 10
+            owner, kind, _class, ttl, length = unpack(data, at)
+            if owner != 0xC00C:
+                _, at = _name(data, at)
+                _, kind, _class, ttl, length = unpack(data, at - 2)
+                at -= 2
+            at += 12
             end = at + length
             if end > size:
                 raise _Bad
-            if kind == 1 and length == 4:
-                text = inet_ntoa(data[at:end])
-            elif kind == 28 and length == 16:
-                text = inet_ntop(AF_INET6, data[at:end])
-                if data[at : at + 12] == b"\0\0\0\0\0\0\0\0\0\0\xff\xff":
-                    text = inet_ntoa(data[at + 12 : end])
+            if (kind == 1 and length == 4) or (kind == 28 and length == 16):
+                packed = data[at:end]
+                text = known.get(packed) or _address(packed)
+                # RFC 2181 section 8: a TTL with the top bit set is zero.
+                addresses.append((text, ttl if ttl < 1 << 31 else 0))
             else:
                 text = _other(data, at, end, kind)
-            # RFC 2181 section 8: a TTL with the top bit set is zero.
-            answers.append(_new(Answer, (name, QTYPES.get(kind) or f"TYPE{kind}", ttl if ttl < 1 << 31 else 0, text)))
+            if text:
+                answers.append(text)
             at = end
     except (_Bad, IndexError, struct.error):
-        return tuple(answers), False
-    return tuple(answers), count <= MAX_ANSWERS
+        return False
+    return count <= MAX_ANSWERS
+
+
+def _address(packed: bytes) -> str:
+    """4 or 16 bytes as text; IPv4-mapped is IPv4."""
+    if len(_addresses) >= _CACHED:
+        _addresses.clear()
+    if len(packed) == 4:
+        text = inet_ntoa(packed)
+    elif packed.startswith(b"\0\0\0\0\0\0\0\0\0\0\xff\xff"):
+        text = inet_ntoa(packed[12:])
+    else:
+        text = inet_ntop(AF_INET6, packed)
+    _addresses[packed] = text
+    return text
 
 
 def _other(data: bytes, at: int, end: int, kind: int) -> str:

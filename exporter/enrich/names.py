@@ -16,7 +16,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 from exporter.events import Workload
@@ -67,7 +67,7 @@ class Names:
         """How many addresses have a name, expired ones that no sweep has met yet included."""
         return self._size
 
-    def learn(self, owner: Key, question_name: str, answers: Iterable[tuple[str, int]], now: int) -> None:
+    def learn(self, owner: Key, question_name: str, answers: Sequence[tuple[str, int]], now: int) -> None:
         """Take one DNS answer: `owner` is `key(workload)`, `answers` are (canonical address, TTL in seconds).
 
         The name is the one asked for, CNAMEs notwithstanding, in lower case (resolvers randomise case as a
@@ -76,16 +76,20 @@ class Names:
         name = question_name.rstrip(".").lower()
         if not name or len(name) > 253:
             return
-        table = self._tables.pop(owner, None)
+        table = self._tables.get(owner)
+        if table is not None and len(table) * 2 < self._per_workload:  # else the order matters: the oldest goes first
+            for address, ttl in answers:
+                lasts = TTL_FLOOR if ttl < 60 else TTL_CAP if ttl > 3600 else ttl * SECOND
+                known = table.get(address)
+                if known is None or known[0] != name or now + lasts - known[1] >= lasts // 8:
+                    break
+            else:  # learned a moment ago, and again: an eighth of its time is not worth the work
+                return
+        self._tables.pop(owner, None)
         if table is None:
             table = {}
-        roomy = len(table) * 2 < self._per_workload  # else the order of learning matters: the oldest goes first
         for address, ttl in answers:
-            lasts = min(max(ttl * SECOND, TTL_FLOOR), TTL_CAP)
-            until = now + lasts
-            known = table.get(address)
-            if known is not None and known[0] == name and until - known[1] < lasts // 8 and roomy:
-                continue  # learned a moment ago, and again: an eighth of its time is not worth the work
+            until = now + min(max(ttl * SECOND, TTL_FLOOR), TTL_CAP)
             old = table.pop(address, None)
             if old is None:
                 self._size += 1
@@ -112,7 +116,7 @@ class Names:
             entry = entry[2]
         return ""
 
-    def learn_for(self, who: Workload, question_name: str, answers: Iterable[tuple[str, int]], now: int) -> None:
+    def learn_for(self, who: Workload, question_name: str, answers: Sequence[tuple[str, int]], now: int) -> None:
         """`learn` for the workload's owner."""
         self.learn(key(who), question_name, answers, now)
 
