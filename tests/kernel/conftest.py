@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from exporter import decode as decoding
-from exporter.decode import Sighting, address, decode, transport
+from exporter.decode import Sighting, address, decode, transport, whole
 from exporter.enrich.names import Names
 from exporter.events import Counts, Event, Workload
 from exporter.health import losses
@@ -80,6 +80,7 @@ class Tap:
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        self.records: list[bytes] = []
         self.sightings: list[Sighting] = []
         self.totals: dict[maps.FlowKey, tuple[int, ...]] = {}
         self.fallen: list[maps.Row] = []  # a counter that went backwards; must stay empty
@@ -92,8 +93,9 @@ class Tap:
             before = self.totals.get(row.key, (0,) * 12)
             self.totals[row.key] = tuple(map(int.__add__, before, row.delta))
         for data in self.kernel.ring.drain():
-            sighting = decode(data)
+            sighting = whole(data)
             assert sighting is not None, f"unreadable record: {data!r}"
+            self.records.append(data)
             self.sightings.append(sighting)
 
 
@@ -134,10 +136,12 @@ class Watch:
 
     def pump(self) -> Watch:
         self.tap.pump()
-        for sighting in self.tap.sightings[self._next :]:
+        tap = self.tap
+        for record, sighting in zip(tap.records[self._next :], tap.sightings[self._next :], strict=True):
             if self.ids is None or sighting.cgroup in self.ids:
                 self.sightings.append(sighting)
-                event = self.join.add(sighting)
+                decoded = decode(record)
+                event = self.join.add(decoded) if decoded is not None else None
                 if event is not None:
                     self.events.append(event)
         self._next = len(self.tap.sightings)

@@ -47,6 +47,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Settings]]:
 
         setattr(agent, name, call)
 
+    for name in ("TERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
     entry("run", 0)
     entry("check", 5)
     entry("detach", 0)
