@@ -72,6 +72,31 @@ int ebfw_release(struct bpf_sock *ctx)
 
 int ebfw_ssl_write(struct registers *regs)
 {
-	return tls_written(regs);
+	tls_sends(ARGUMENT1(regs), ARGUMENT2(regs), ARGUMENT3(regs));
+	return 0;
+}
+
+int ebfw_ssl_read(struct registers *regs)
+{
+	tls_asks(ARGUMENT1(regs), ARGUMENT2(regs), 0);
+	return 0;
+}
+
+int ebfw_ssl_read_ex(struct registers *regs)
+{
+	tls_asks(ARGUMENT1(regs), ARGUMENT2(regs), ARGUMENT4(regs));
+	return 0;
+}
+
+int ebfw_ssl_read_return(struct registers *regs)
+{
+	tls_read_returns(RESULT(regs));
+	return 0;
+}
+
+int ebfw_ssl_free(struct registers *regs)
+{
+	tls_freed(ARGUMENT1(regs));
+	return 0;
 }
 #endif

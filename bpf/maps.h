@@ -20,6 +20,10 @@
  * TALLIES          enum tally        u64, one a CPU        kernel               agent      -
  * SCOPE            0                 cgroup                agent                kernel     -
  * RECORDS          (ring buffer)     struct record, bytes  kernel               agent      LOST_RING_FULL
+ * RECEIVED         cookie            struct received       kernel               agent      LRU: the end of a response is
+ *                                                                                          known with the next request
+ * TLS_STREAMS      struct tls_key    struct tls_stream     kernel               kernel     LRU: a request has no answer
+ * TLS_CALLS        thread            struct tls_call       kernel               kernel     LRU: the same
  *
  * No counter lives in an LRU map: LRU evicts without a signal, and a total would fall.
  */

@@ -214,6 +214,7 @@ INLINE int inspect_head(struct __sk_buff *skb, struct socket *s, struct inspecti
 		named(s, in, NAME_FROM_HOST);
 	}
 	parcel->kind = RECORD_HEAD;
+	parcel->sequence = s->requests;
 	parcel->offset = in->base + seen;
 	parcel->length = in->length - seen;
 	parcel->stream_offset = old;
@@ -227,6 +228,20 @@ INLINE int inspect_head(struct __sk_buff *skb, struct socket *s, struct inspecti
 		s->stage = STAGE_HTTP;
 	}
 	return 1;
+}
+
+/* The first byte of an HTTP/1 request is about to leave; egress runs under the socket's lock. */
+INLINE void request_begins(struct bpf_sock *sk, struct socket *s, const struct packet *p)
+{
+	struct bpf_tcp_sock *tcp = bpf_tcp_sock(sk);
+
+	if (s->more)
+		tell_received(s, 0);
+	if (s->requests == s->answers) /* else it is pipelined: where its answer begins is known when the one before has come */
+		s->answer_start = tcp ? tcp->rcv_nxt : 0;
+	s->requests += 1;
+	s->request_start = s->sent_to = p->seq;
+	s->flags |= S_HTTP;
 }
 
 INLINE void copy_inspection(struct inspection *to, const struct inspection *from)
@@ -256,9 +271,13 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 		/* a request sent again is no second request */
 		if (s->flags & S_INSPECTED && (s32)(p->seq + p->length - s->inspected) <= 0)
 			return;
-		s->stage = classify(skb, p, s->stage);
+		s->stage = s->upgraded ? STAGE_DONE : classify(skb, p, s->stage);
+		if (s->stage == STAGE_DONE || s->stage == STAGE_HELLO)
+			s->flags &= ~S_HTTP; /* after an upgrade or a CONNECT */
 		if (s->stage != STAGE_HELLO && s->stage != STAGE_HEAD)
 			return;
+		if (s->stage == STAGE_HEAD)
+			request_begins(sk, s, p);
 	} else {
 		kept = bpf_sk_storage_get(MAP(INSPECTIONS), sk, 0, 0);
 		if (!kept) {
@@ -395,6 +414,8 @@ INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct so
 		parcel.length = p.length;
 	} else if (s->stage && p.length && p.transport == PROTO_TCP) {
 		inspect(skb, sk, s, &p, &parcel);
+		if ((s32)(p.seq + p.length - s->sent_to) > 0)
+			s->sent_to = p.seq + p.length;
 	}
 	ship(skb, s, &parcel);
 	t = counters_of(s, &created);
@@ -472,9 +493,69 @@ INLINE struct traffic *counters_of_answer(struct socket *s, const struct packet 
 	return counters_of_sender(s, p);
 }
 
+#define LAST_CHUNK 5 /* "0\r\n\r\n", RFC 9112 section 7.1 */
+
+/* Does a chunked body end with this packet? It may be the body of another kind that ends so; userspace knows. */
+INLINE int last_chunk(struct __sk_buff *skb, const struct packet *p)
+{
+	u64 tail = 0;
+
+	if (p->length < LAST_CHUNK || bpf_skb_load_bytes(skb, p->payload + p->length - LAST_CHUNK, &tail, LAST_CHUNK))
+		return 0;
+	return tail == 0x0a0d0a0d30ULL;
+}
+
+/*
+ * A packet with payload on a connection that has sent an HTTP/1 request: the first bytes of a response go up, of the
+ * rest only how much came and when. Ingress runs before TCP has put packets in order and dropped what came twice.
+ */
+INLINE void inspect_answer(struct __sk_buff *skb, struct socket *s, const struct packet *p, struct parcel *parcel)
+{
+	u32 end = p->seq + p->length, status = 0;
+	struct received received;
+	s32 fresh = end - s->received_to;
+
+	if (s->requests != s->answers) {
+		if (p->seq != s->answer_start)
+			return; /* what is missing before it will be sent again, and so will this or be counted then */
+		parcel->kind = RECORD_RESPONSE;
+		parcel->offset = p->payload;
+		parcel->length = p->length > ROOM_LARGE ? ROOM_LARGE : p->length;
+		parcel->flags = p->length > ROOM_LARGE ? RECORD_TRUNCATED : 0;
+		parcel->stream_offset = p->seq;
+		parcel->sequence = s->answers + 1;
+		parcel->sent = s->sent_to - s->request_start;
+		parcel->received = p->length;
+		s->answer_start = s->received_to = end;
+		s->response_bytes = p->length;
+		/* "HTTP/1.1 1xx": an interim response, the final one follows; 101 ends HTTP on this connection */
+		if (p->length >= 13 && !bpf_skb_load_bytes(skb, p->payload + 8, &status, 4) && (status & 0xffff) == 0x3120) {
+			if (status >> 16 != 0x3130)
+				return;
+			s->upgraded = 1;
+		}
+		s->answers += 1;
+		return;
+	}
+	if (fresh <= 0)
+		return;
+	s->received_to = end;
+	s->response_bytes += fresh;
+	s->response_ns = bpf_ktime_get_ns();
+	s->more = 1;
+	if (last_chunk(skb, p)) {
+		tell_received(s, RECORD_LAST_CHUNK);
+	} else if (p->tcp_flags & TCP_FLAG_PSH) { /* the last packet of what the server wrote has it */
+		received.bytes = s->response_bytes;
+		received.last_ns = s->response_ns;
+		bpf_map_update_elem(MAP(RECEIVED), &s->cookie, &received, BPF_ANY);
+	}
+}
+
 INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s)
 {
 	struct packet p;
+	struct parcel parcel = {};
 	struct traffic *t = 0;
 	int created = 0;
 
@@ -492,10 +573,13 @@ INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct soc
 		s->flags |= S_RST;
 	/* the stage is the last datagram's; who answers from port 53 was asked before */
 	if (s->stage == STAGE_DNS || (p.transport == PROTO_UDP && p.source_port == 53 && s->role == ROLE_CLIENT)) {
-		struct parcel parcel = {.kind = RECORD_DNS_ANSWER, .offset = p.payload, .length = p.length};
-
-		ship(skb, s, &parcel);
+		parcel.kind = RECORD_DNS_ANSWER;
+		parcel.offset = p.payload;
+		parcel.length = p.length;
+	} else if (s->flags & S_HTTP && p.length) {
+		inspect_answer(skb, s, &p, &parcel);
 	}
+	ship(skb, s, &parcel);
 	if (s->flags & (S_UNCONNECTED | S_DETOUR | S_RETURN))
 		t = counters_of_answer(s, &p);
 	if (!t)
@@ -515,7 +599,8 @@ INLINE int packet_in(struct __sk_buff *skb)
 	if (!sk)
 		return 1;
 	s = known_socket(sk);
-	if (s && s->stage != STAGE_DNS && s->stride && !(s->flags & (S_CONNECTING | S_UNCONNECTED | S_DETOUR | S_RETURN))) {
+	if (s && s->stage != STAGE_DNS && s->stride &&
+	    !(s->flags & (S_CONNECTING | S_UNCONNECTED | S_DETOUR | S_RETURN | S_HTTP))) {
 		t = stripe(s->slot, s->generation, s->stride);
 		if (t) {
 			count_packet(skb, t, IN);

@@ -47,7 +47,7 @@ INLINE void fill_record(struct record *r, const struct socket *s, u8 kind, u64 n
 	r->retransmits = 0;
 	r->rtt_us = 0;
 	r->offset = 0;
-	r->pad = 0;
+	r->sequence = 0;
 }
 
 INLINE struct record *reserve_record(u64 size)
@@ -83,6 +83,9 @@ INLINE struct record *reserve_record(u64 size)
 		b->head.length = take;                                                                                \
 		b->head.flags |= parcel->flags | (take < n ? RECORD_TRUNCATED : 0);                                           \
 		b->head.offset = parcel->stream_offset;                                                                       \
+		b->head.sequence = parcel->sequence;                                                                          \
+		b->head.tx_bytes = parcel->sent;                                                                              \
+		b->head.rx_bytes = parcel->received;                                                                          \
 		bpf_ringbuf_submit(b, wakeup());                                                                      \
 		return;                                                                                               \
 	} while (0)
@@ -92,6 +95,9 @@ struct parcel {
 	u32 offset; /* in the packet */
 	u32 length; /* 0 = nothing to ship */
 	u32 stream_offset;
+	u32 sequence;
+	u32 sent;     /* of the request so far */
+	u32 received; /* in this packet */
 	u8 kind;
 	u8 flags;
 	u16 pad;
@@ -111,6 +117,21 @@ INLINE void ship(struct __sk_buff *skb, const struct socket *s, const struct par
 	if (n <= ROOM_LARGE)
 		SHIP(ROOM_LARGE);
 	SHIP(ROOM_HUGE);
+}
+
+/* How much of a response has come, and when the last of it came. */
+INLINE void tell_received(struct socket *s, u8 flags)
+{
+	struct record *r = reserve_record(sizeof(*r));
+
+	s->more = 0;
+	if (!r)
+		return;
+	fill_record(r, s, RECORD_RECEIVED, s->response_ns);
+	r->flags |= flags;
+	r->sequence = s->answers;
+	r->rx_bytes = s->response_bytes;
+	bpf_ringbuf_submit(r, wakeup());
 }
 
 #endif

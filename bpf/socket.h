@@ -23,6 +23,7 @@
 #define S_RETURN 1024    /* and after it the connected peer counts again */
 #define S_PROXIED 2048   /* behind a CONNECT */
 #define S_INSPECTED 8192 /* socket.inspected is set */
+#define S_HTTP 16384     /* an HTTP/1 request left: responses are looked for */
 #define S_DESCRIBED 4096 /* scope and exclusion are decided for this peer */
 
 /* socket.stage: what the next payload that leaves is looked at for */

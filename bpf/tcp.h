@@ -117,6 +117,8 @@ INLINE void state_changed(struct bpf_sock_ops *ctx, struct socket *s)
 	/* an orderly end passes through FIN_WAIT2, CLOSING, TIME_WAIT or LAST_ACK */
 	if (before == STATE_ESTABLISHED || before == STATE_CLOSE_WAIT || before == STATE_FIN_WAIT1)
 		outcome = s->flags & S_EXPIRED ? OUTCOME_TIMED_OUT : OUTCOME_RESET;
+	if (s->more)
+		tell_received(s, 0);
 	c = connections_of(s);
 	if (c)
 		ADD(c->closed, 1);

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /*
- * What an application hands to its TLS library, before it is encrypted: uprobes on OpenSSL's SSL_write and
- * SSL_write_ex, whose first three arguments are the same. Only the head of an HTTP request is taken; what a server
- * writes does not look like one. Scoped to the configured cgroup subtree here, in the kernel: a probe is on the
- * library's file, which every process on the host may share.
+ * What an application hands to its TLS library before it is encrypted, and what it gets back: uprobes on OpenSSL's
+ * SSL_write, SSL_read, their _ex forms and SSL_free. Of what is written only the head of an HTTP request is taken,
+ * of what is read the first bytes of its response; of the rest, how much there was and when. A server writes nothing
+ * that looks like a request, and so is never reported. Scoped to the configured cgroup subtree here, in the kernel: a
+ * probe is on the library's file, which every process on the host may share.
  */
 #ifndef EBFW_TLS_H
 #define EBFW_TLS_H
@@ -16,18 +17,54 @@
 struct registers {
 	u64 r15, r14, r13, r12, bp, bx, r11, r10, r9, r8, ax, cx, dx, si, di;
 };
+#define ARGUMENT1(regs) ((regs)->di)
 #define ARGUMENT2(regs) ((regs)->si)
 #define ARGUMENT3(regs) ((regs)->dx)
+#define ARGUMENT4(regs) ((regs)->cx)
+#define RESULT(regs) ((regs)->ax)
 #elif defined(EBFW_ARCH_AARCH64)
 struct registers {
 	u64 regs[31];
 };
+#define ARGUMENT1(regs) ((regs)->regs[0])
 #define ARGUMENT2(regs) ((regs)->regs[1])
 #define ARGUMENT3(regs) ((regs)->regs[2])
+#define ARGUMENT4(regs) ((regs)->regs[3])
+#define RESULT(regs) ((regs)->regs[0])
 #else
 #error "TLS probes know the registers of x86-64 and arm64 only"
 #endif
 
+#define TLS_COOKIE (1ULL << 63)
+
+INLINE struct tls_key tls_key_of(u64 connection)
+{
+	struct tls_key key = {.connection = connection, .pid = bpf_get_current_pid_tgid() >> 32};
+
+	return key;
+}
+
+INLINE struct tls_stream *tls_stream_of(u64 connection)
+{
+	struct tls_key key = tls_key_of(connection);
+
+	return bpf_map_lookup_elem(MAP(TLS_STREAMS), &key);
+}
+
+INLINE void fill_tls(struct record *r, const struct tls_stream *stream, u8 kind, u64 now)
+{
+	__builtin_memset(r, 0, sizeof(*r));
+	r->time_ns = now;
+	r->cgroup = bpf_get_current_cgroup_id();
+	r->cookie = stream->cookie;
+	r->pid = bpf_get_current_pid_tgid() >> 32;
+	bpf_get_current_comm(r->comm, sizeof(r->comm));
+	r->kind = kind;
+	r->transport = PROTO_TCP;
+	r->role = ROLE_CLIENT;
+}
+
+/* A record with n bytes of the task's memory behind it; for the rooms and n - 1 + 1 see SHIP. */
 #define SHIP_USER(room)                                                                                       \
 	do {                                                                                                      \
 		struct {                                                                                              \
@@ -37,41 +74,160 @@ struct registers {
 		u64 take = n - 1;                                                                                     \
                                                                                                               \
 		if (!b)                                                                                               \
-			return 0;                                                                                         \
+			return;                                                                                           \
 		BOUND(take, (room) - 1);                                                                              \
 		take += 1;                                                                                            \
-		__builtin_memset(&b->head, 0, sizeof(b->head));                                                       \
-		b->head.time_ns = bpf_ktime_get_ns();                                                                 \
-		b->head.cgroup = bpf_get_current_cgroup_id();                                                         \
-		b->head.pid = bpf_get_current_pid_tgid() >> 32;                                                       \
-		bpf_get_current_comm(b->head.comm, sizeof(b->head.comm));                                             \
-		b->head.kind = RECORD_TLS_WRITE;                                                                      \
-		b->head.transport = PROTO_TCP;                                                                        \
-		b->head.role = ROLE_CLIENT;                                                                           \
+		fill_tls(&b->head, stream, kind, now);                                                                \
 		b->head.length = take;                                                                                \
-		b->head.flags = take < n ? RECORD_TRUNCATED : 0;                                                      \
+		b->head.flags = take < whole ? RECORD_TRUNCATED : 0;                                                  \
+		b->head.sequence = kind == RECORD_TLS_WRITE ? stream->requests : stream->answers + 1;                 \
+		b->head.tx_bytes = stream->sent_bytes;                                                                \
+		b->head.rx_bytes = kind == RECORD_TLS_WRITE ? 0 : whole;                                              \
 		if (bpf_probe_read_user(b->payload, take, (void *)data)) {                                            \
 			bpf_ringbuf_discard(b, BPF_RB_NO_WAKEUP);                                                         \
-			return 0;                                                                                         \
+			return;                                                                                           \
 		}                                                                                                     \
 		bpf_ringbuf_submit(b, wakeup());                                                                      \
-		return 0;                                                                                             \
+		return;                                                                                               \
 	} while (0)
 
-INLINE int tls_written(struct registers *regs)
+INLINE void ship_user(const struct tls_stream *stream, u8 kind, u64 data, u64 whole, u64 most)
 {
-	u64 data = ARGUMENT2(regs), n = ARGUMENT3(regs);
-	u32 word = 0;
+	u64 now = bpf_ktime_get_ns(), n = whole > most ? most : whole;
 
-	if (bpf_current_task_under_cgroup(MAP(SCOPE), 0) != 1)
-		return 0;
-	if (n < 16 || n > 0x7fffffff || bpf_probe_read_user(&word, sizeof(word), (void *)data) || !is_method(word))
-		return 0;
 	if (n <= ROOM_MEDIUM)
 		SHIP_USER(ROOM_MEDIUM);
 	if (n <= ROOM_LARGE)
 		SHIP_USER(ROOM_LARGE);
 	SHIP_USER(ROOM_HUGE);
+}
+
+INLINE void tell_tls_received(struct tls_stream *stream, u8 flags)
+{
+	struct record *r = reserve_record(sizeof(*r));
+
+	stream->more = 0;
+	if (!r)
+		return;
+	fill_tls(r, stream, RECORD_RECEIVED, stream->response_ns);
+	r->flags = flags;
+	r->sequence = stream->answers;
+	r->rx_bytes = stream->response_bytes;
+	bpf_ringbuf_submit(r, wakeup());
+}
+
+INLINE struct tls_stream *new_tls_stream(u64 connection)
+{
+	struct tls_key key = tls_key_of(connection);
+	struct tls_stream fresh = {};
+
+	/* two connections of one moment differ in their place in memory, and in the process */
+	fresh.cookie = TLS_COOKIE | (bpf_ktime_get_ns() ^ connection >> 4 ^ (u64)key.pid << 40);
+	bpf_map_update_elem(MAP(TLS_STREAMS), &key, &fresh, BPF_ANY);
+	return bpf_map_lookup_elem(MAP(TLS_STREAMS), &key);
+}
+
+/* An application is about to send n bytes at `data` through a TLS connection. */
+INLINE void tls_sends(u64 connection, u64 data, u64 n)
+{
+	struct tls_stream *stream;
+	u32 word = 0;
+
+	if (!n || n > 0x7fffffff || bpf_current_task_under_cgroup(MAP(SCOPE), 0) != 1)
+		return;
+	stream = tls_stream_of(connection);
+	if (n < 16 || bpf_probe_read_user(&word, sizeof(word), (void *)data) || !is_method(word)) {
+		if (stream)
+			stream->sent_bytes += n;
+		return;
+	}
+	if (!stream)
+		stream = new_tls_stream(connection);
+	if (!stream)
+		return;
+	if (stream->more)
+		tell_tls_received(stream, 0);
+	stream->requests += 1;
+	stream->sent_bytes = n;
+	ship_user(stream, RECORD_TLS_WRITE, data, n, ROOM_HUGE);
+}
+
+/* An application asks for what a TLS connection has received; nothing is there before it returns. */
+INLINE void tls_asks(u64 connection, u64 buffer, u64 count_at)
+{
+	u64 thread = bpf_get_current_pid_tgid();
+	struct tls_call call = {.connection = connection, .buffer = buffer, .count_at = count_at};
+
+	/* only connections that have sent a request have a stream */
+	if (tls_stream_of(connection))
+		bpf_map_update_elem(MAP(TLS_CALLS), &thread, &call, BPF_ANY);
+}
+
+/* It has got n bytes at `data`. */
+INLINE void tls_receives(u64 connection, u64 data, u64 n)
+{
+	struct tls_stream *stream = tls_stream_of(connection);
+	struct received received;
+	u64 tail = 0;
+	u32 status = 0;
+
+	if (!stream)
+		return;
+	if (stream->requests != stream->answers) {
+		stream->response_bytes = n;
+		ship_user(stream, RECORD_RESPONSE, data, n, ROOM_LARGE);
+		/* an interim response: see inspect_answer() */
+		if (n >= 13 && !bpf_probe_read_user(&status, sizeof(status), (void *)data + 8) &&
+		    (status & 0xffff) == 0x3120 && status >> 16 != 0x3130)
+			return;
+		stream->answers += 1;
+		return;
+	}
+	stream->response_bytes += n;
+	stream->response_ns = bpf_ktime_get_ns();
+	stream->more = 1;
+	if (n >= 5 && !bpf_probe_read_user(&tail, 5, (void *)data + n - 5) && tail == 0x0a0d0a0d30ULL) {
+		tell_tls_received(stream, RECORD_LAST_CHUNK);
+		return;
+	}
+	received.bytes = stream->response_bytes;
+	received.last_ns = stream->response_ns;
+	bpf_map_update_elem(MAP(RECEIVED), &stream->cookie, &received, BPF_ANY);
+}
+
+/* A call to read returns `result`: how much was read or, where count_at is set, 1. */
+INLINE void tls_read_returns(u64 result)
+{
+	u64 thread = bpf_get_current_pid_tgid(), n = result;
+	struct tls_call *found = bpf_map_lookup_elem(MAP(TLS_CALLS), &thread), call;
+
+	if (!found)
+		return;
+	call = *found;
+	bpf_map_delete_elem(MAP(TLS_CALLS), &thread);
+	if (call.count_at && ((u32)result != 1 || bpf_probe_read_user(&n, sizeof(n), (void *)call.count_at)))
+		return;
+	n = (u32)n;
+	if (n && n <= 0x7fffffff)
+		tls_receives(call.connection, call.buffer, n);
+}
+
+INLINE void tls_freed(u64 connection)
+{
+	struct tls_key key = tls_key_of(connection);
+	struct tls_stream *stream = bpf_map_lookup_elem(MAP(TLS_STREAMS), &key);
+	struct record *r;
+
+	if (!stream)
+		return;
+	if (stream->more)
+		tell_tls_received(stream, 0);
+	r = reserve_record(sizeof(*r));
+	if (r) {
+		fill_tls(r, stream, RECORD_TLS_CLOSED, bpf_ktime_get_ns());
+		bpf_ringbuf_submit(r, wakeup());
+	}
+	bpf_map_delete_elem(MAP(TLS_STREAMS), &key);
 }
 
 #endif

@@ -10,7 +10,7 @@
 #define EBFW_WIRE_H
 
 /* Raise it when a pinned map changes its key, value or meaning: an agent that finds another number starts anew. */
-#define LAYOUT_VERSION 1
+#define LAYOUT_VERSION 2
 
 /* Maps are named by these numbers in the compiled instructions; the loader replaces each with a file descriptor. */
 enum map_id {
@@ -30,6 +30,9 @@ enum map_id {
 	MAP_TALLIES,
 	MAP_SCOPE,
 	MAP_RECORDS,
+	MAP_RECEIVED,
+	MAP_TLS_STREAMS,
+	MAP_TLS_CALLS,
 };
 
 enum role { ROLE_UNKNOWN, ROLE_CLIENT, ROLE_SERVER };
@@ -141,6 +144,9 @@ enum record_kind {
 	RECORD_HELLO,      /* payload: the reversed name */
 	RECORD_HEAD,       /* payload: a piece of an HTTP/1 request head, `offset` bytes into it */
 	RECORD_TLS_WRITE,  /* payload: what an application handed to its TLS library, if it looks like HTTP */
+	RECORD_RESPONSE,   /* payload: the first bytes of an answer to an HTTP/1 request; rx_bytes: how many came at once */
+	RECORD_RECEIVED,   /* rx_bytes: so much of the response has come, the last at time_ns */
+	RECORD_TLS_CLOSED, /* the application freed its TLS connection */
 };
 
 enum outcome {
@@ -157,6 +163,7 @@ enum outcome {
 #define RECORD_TRUNCATED 1 /* record.flags: the payload is shorter than what was seen */
 #define RECORD_PROXIED 2   /* record.flags: behind a CONNECT to an HTTP proxy */
 #define RECORD_HEAD_END 4  /* record.flags: the head ends in this piece */
+#define RECORD_LAST_CHUNK 8 /* record.flags: a chunked body seems to end here */
 
 struct record {
 	__u64 time_ns; /* CLOCK_MONOTONIC, when the thing happened */
@@ -182,7 +189,7 @@ struct record {
 	__u32 retransmits;
 	__u32 rtt_us;
 	__u32 offset;
-	__u32 pad;
+	__u32 sequence; /* HTTP/1: the how-manieth request of its connection, from 1 */
 };
 
 /* Payload rooms: a record takes the smallest that fits. */
@@ -215,11 +222,52 @@ struct socket {
 	__u8 stage;
 	__u32 flags;
 	__u32 retransmits;
+	__u64 response_bytes; /* of the response that is coming in; the last of them */
+	__u64 response_ns;    /* came at this time */
 	__u32 inspected; /* TCP sequence number after the last payload that was looked at */
+	__u32 requests;  /* HTTP/1: begun on this connection, */
+	__u32 answers;   /* and of those, how many had their response begin */
+	__u32 request_start; /* TCP sequence numbers: where the last request began, */
+	__u32 sent_to;       /* what has left ends, */
+	__u32 answer_start;  /* the next response will begin, */
+	__u32 received_to;   /* what has come ends */
 	__u32 policy_generation; /* room for the verdict, its rule and the policy it was judged under */
 	__u16 rule;
 	__u8 verdict;
-	__u8 pad[5];
+	__u8 more;     /* written by ingress: more of a response came than was told */
+	__u8 upgraded; /* HTTP is over on this connection (101) */
+	__u8 pad[3];
+};
+
+/* How far an HTTP/1 response has come, by the connection's cookie: for one that does not come in one piece. */
+struct received {
+	__u64 bytes;
+	__u64 last_ns; /* CLOCK_MONOTONIC */
+};
+
+/* A TLS connection as its library knows it. */
+struct tls_key {
+	__u64 connection; /* the library's pointer */
+	__u32 pid;
+	__u32 pad;
+};
+
+struct tls_stream {
+	__u64 cookie; /* ours: the highest bit is set, which no socket's has */
+	__u64 sent_bytes; /* since the last request began */
+	__u64 response_bytes;
+	__u64 response_ns;
+	__u32 requests;
+	__u32 answers;
+	__u32 more; /* response_bytes came since the last record told them */
+	__u32 pad;
+};
+
+/* A read that has not returned, by thread. */
+struct tls_call {
+	__u64 connection;
+	__u64 buffer;
+	__u64 count_at; /* where the library says how much it read; 0: it returns that */
 };
 
 /*

@@ -106,6 +106,7 @@ class Pipeline:
             self.names.learn_for,
             HiddenNames(settings.exclude_suffixes),
             self.clock.wall,
+            kernel.received,
         )
         self.redaction = Options.of(settings)
         self.console = Console(sys.stdout, settings.output, settings.colour, settings.node_name)
@@ -253,10 +254,9 @@ class Pipeline:
             self.metrics.gauge("ebfw.table.size", size, table=name)
 
     def _tls_libraries(self, settings: Settings, root: Path) -> TlsLibraries | None:
-        program = self.kernel.programs.get("ssl_write")
-        if not settings.uprobes or program is None:
+        if not settings.uprobes or not self.kernel.programs:
             return None
-        libraries = TlsLibraries(program, self.kernel.cgroup, everywhere=self.kernel.cgroup == root)
+        libraries = TlsLibraries(self.kernel.programs, self.kernel.cgroup, everywhere=self.kernel.cgroup == root)
         libraries.scan()
         return libraries
 

@@ -22,7 +22,13 @@ OPENED, FAILED, CLOSED, QUERY, ANSWER, HELLO, HEAD, TLS_WRITE = (
     wire.RECORD_HEAD,
     wire.RECORD_TLS_WRITE,
 )
-TRUNCATED, PROXIED, HEAD_END = wire.RECORD_TRUNCATED, wire.RECORD_PROXIED, wire.RECORD_HEAD_END
+RESPONSE, RECEIVED, TLS_CLOSED = wire.RECORD_RESPONSE, wire.RECORD_RECEIVED, wire.RECORD_TLS_CLOSED
+TRUNCATED, PROXIED, HEAD_END, LAST_CHUNK = (
+    wire.RECORD_TRUNCATED,
+    wire.RECORD_PROXIED,
+    wire.RECORD_HEAD_END,
+    wire.RECORD_LAST_CHUNK,
+)
 
 _CACHED = 2048
 
@@ -52,6 +58,7 @@ class Sighting(NamedTuple):
     retransmits: int
     rtt_us: int
     offset: int
+    sequence: int  # HTTP/1: the how-manieth request of its connection, from 1
     payload: bytes
 
 
@@ -159,7 +166,7 @@ def whole(data: bytes) -> Sighting | None:
         retransmits,
         rtt_us,
         offset,
-        _,
+        sequence,
     ) = _unpack(data)
     try:
         return _new(
@@ -187,6 +194,7 @@ def whole(data: bytes) -> Sighting | None:
                 retransmits,
                 rtt_us,
                 offset,
+                sequence,
                 data[_size : _size + length] if length else b"",
             ),
         )

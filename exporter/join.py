@@ -13,15 +13,13 @@ from typing import Any
 
 from exporter import decode, events
 from exporter.decode import Message, Sighting
-from exporter.events import Event, Workload
+from exporter.events import Event, Exchange, Workload
+from exporter.exchanges import Ended, Exchanges
 from exporter.health import losses
-from exporter.parse import DnsMessage, parse_dns, parse_request
+from exporter.parse import DnsMessage, parse_dns
 
 QUERIES = 8192  # open at once; a query is given up after QUERY_SECONDS
 QUERY_SECONDS = 5
-HEADS = 1024  # request heads that have come in part
-HEAD_BYTES = 8192
-HEAD_SECONDS = 10
 SECOND = 1_000_000_000
 
 _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
@@ -32,19 +30,11 @@ _new = tuple.__new__
 assert len(Event._fields) == 31
 
 
-class _Head:
-    __slots__ = ("data", "first", "time")
-
-    def __init__(self, first: Sighting) -> None:
-        self.first, self.time = first, first.time
-        self.data = b""
-
-
 class Join:
     """`who`: cgroup id -> workload. `name_of`: name id -> the name that was shown. `learned`: (workload, address,
     monotonic ns) -> the name under which that workload resolved the address. `learn`: (workload, name asked,
     (address, TTL in seconds) ..., monotonic ns) remembers an answer. `hidden`: does `exclude` hide this name?
-    `to_wall`: CLOCK_MONOTONIC ns -> ns since the epoch."""
+    `to_wall`: CLOCK_MONOTONIC ns -> ns since the epoch. `received`: see Exchanges."""
 
     def __init__(
         self,
@@ -54,11 +44,12 @@ class Join:
         learn: Callable[[Workload, str, tuple[tuple[str, int], ...], int], None],
         hidden: Callable[[str], bool],
         to_wall: Callable[[int], int],
+        received: Callable[[int], tuple[int, int] | None],
     ) -> None:
         self._who, self._name_of, self._learned, self._learn = who, name_of, learned, learn
         self._hidden, self._to_wall = hidden, to_wall
         self._queries: OrderedDict[tuple[int, bytes], Message] = OrderedDict()
-        self._heads: OrderedDict[int, _Head] = OrderedDict()
+        self._exchanges = Exchanges(received)
         self._read: dict[int, Callable[[Any], Event | None]] = {
             decode.OPENED: self._connection,
             decode.FAILED: self._connection,
@@ -66,12 +57,15 @@ class Join:
             decode.QUERY: self._query,
             decode.ANSWER: self._answer,
             decode.HELLO: self._hello,
-            decode.HEAD: self._head,
-            decode.TLS_WRITE: self._tls_write,
+            decode.HEAD: self._exchanges.head,
+            decode.TLS_WRITE: self._exchanges.tls_head,
+            decode.RESPONSE: self._exchanges.response,
+            decode.RECEIVED: self._exchanges.received,
+            decode.TLS_CLOSED: self._exchanges.closed,
         }
 
     def __len__(self) -> int:
-        return len(self._queries) + len(self._heads)
+        return len(self._queries) + len(self._exchanges)
 
     def add(self, sighting: Sighting | Message) -> Event | None:
         """The event that this sighting completes, if it does."""
@@ -116,14 +110,13 @@ class Join:
             rx_bytes,
             retransmits,
             rtt_us,
-            _,
-            _,
+            *_,
         ) = s
         closed = kind == decode.CLOSED
         who = self._who(cgroup)
         domain, source = self.name(who, identity, peer, time)
-        if closed and (head := self._heads.pop(cookie, None)) is not None and parse_request(head.data):
-            losses.add("join", "head_unfinished")  # it waited for its end, and has none
+        if closed:
+            self._exchanges.closed(s)
         return _new(
             Event,
             (
@@ -176,6 +169,7 @@ class Join:
         path: str = "",
         headers: tuple[tuple[str, str], ...] = (),
         proxy: str = "",
+        exchange: Exchange | None = None,
     ) -> Event:
         return _new(
             Event,
@@ -208,7 +202,7 @@ class Join:
                 proxy,
                 s.cookie,
                 source != events.ADDRESS and self._hidden(domain),
-                None,
+                exchange,
                 None,
                 False,
             ),
@@ -312,67 +306,32 @@ class Join:
     def _proxy(self, s: Sighting) -> str:
         return f"{s.peer}:{s.port}" if s.flags & decode.PROXIED else ""
 
-    def _head(self, s: Sighting) -> Event | None:
-        head = self._heads.get(s.cookie)
-        if head is not None and s.offset != len(head.data):
-            del self._heads[s.cookie]
-            if s.offset:
-                losses.add("join", "head_piece_missing")
-                return None
-            losses.add("join", "head_unfinished")
-            head = None
-        if head is None:
-            if s.offset:  # the rest of a head whose event is out, or whose start was lost
-                return None
-            head = _Head(s)
-        head.data += s.payload
-        request = parse_request(head.data)
-        ended = s.flags & (decode.TRUNCATED | decode.HEAD_END) or len(head.data) >= HEAD_BYTES
-        if request is None and (ended or b"\n" in head.data):
-            self._heads.pop(s.cookie, None)  # it has a whole first line, and that is no request line
-            return None
-        if not ended and (request is None or request.truncated):
-            self._heads[s.cookie] = head
-            if len(self._heads) > HEADS:
-                losses.add("join", "heads_full")
-                self._heads.popitem(last=False)
-            return None
-        self._heads.pop(s.cookie, None)
-        return self._request(events.HTTP, head.first, head.data)
-
-    def _tls_write(self, s: Sighting) -> Event | None:
-        return self._request(events.HTTPS, s, s.payload)
-
-    def _request(self, kind: str, s: Sighting, data: bytes) -> Event | None:
-        request = parse_request(data)
-        if request is None:
-            losses.add("decode", "http_head")
-            return None
+    def _exchange(self, ended: Ended) -> Event:
+        kind, s, request, exchange, duration = ended
         who = self._who(s.cgroup)
         if request.host:
             domain, source = request.host, events.HOST
         else:
             domain, source = self.name(who, s.name, s.peer, s.time)
-        path = request.path + ("?" + request.query if request.query else "")
-        if request.method == "CONNECT":
-            path = ""
         return self._event(
             kind,
             s,
             who,
             domain,
             source,
+            duration=duration,
             method=request.method,
-            path=path,
+            path="" if request.method == "CONNECT" else request.path + ("?" + request.query if request.query else ""),
             headers=request.headers,
             proxy=f"{s.peer}:{s.port}" if request.proxied or s.flags & decode.PROXIED else "",
+            exchange=exchange,
         )
 
     # --- what never got its other half ----------------------------------------------------------------------------
 
     def expire(self, now: int) -> Iterator[Event]:
-        """Events of queries that were never answered; heads without an end are told as far as they came. `now`:
-        CLOCK_MONOTONIC ns."""
+        """What is over since the last call without being anybody's event: requests, and queries that were never
+        answered. `now`: CLOCK_MONOTONIC ns."""
         while self._queries:
             place, query = next(iter(self._queries.items()))
             if now - query.time < QUERY_SECONDS * SECOND:
@@ -385,14 +344,7 @@ class Join:
             event = self._lookup(query, now, message, "timeout")
             if event is not None:
                 yield event
-        while self._heads:
-            cookie, head = next(iter(self._heads.items()))
-            if now - head.time < HEAD_SECONDS * SECOND:
-                break
-            del self._heads[cookie]
-            if not parse_request(head.data):  # letters that became no request line
-                continue
-            losses.add("join", "head_unfinished")
-            event = self._request(events.HTTP, head.first, head.data)
-            if event is not None:
-                yield event
+        self._exchanges.expire(now)
+        ended, self._exchanges.ended = self._exchanges.ended, []
+        for one in ended:
+            yield self._exchange(one)

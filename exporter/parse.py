@@ -172,6 +172,51 @@ def _fields(data: bytes, start: int) -> tuple[tuple[tuple[str, str], ...], bool]
             fields.append((match[1], match[2]))
 
 
+class Response(NamedTuple):
+    """The head of an HTTP/1 response. `size`: bytes of the head, empty line included; None where it is cut off.
+    `length`: Content-Length; None where there is none, or several that differ. `grpc_status`: gRPC-Web and others that
+    answer with headers alone."""
+
+    version: str
+    status: int
+    size: int | None
+    length: int | None
+    chunked: bool
+    grpc_status: int | None
+
+
+_STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?=[ \r\n]|\Z)")
+_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r|\n|\Z)")
+
+
+def parse_response(data: bytes) -> Response | None:
+    """Read an HTTP/1 response head from the start of `data`; None where it is not one."""
+    match = _STATUS_LINE.match(data)
+    if match is None:
+        return None
+    end = data.find(b"\r\n\r\n")
+    size: int | None = end + 4
+    if end < 0:
+        end = data.find(b"\n\n")
+        size = end + 2
+        if end < 0:
+            end, size = len(data), None
+    head = data[:end].lower()
+    lengths = set(_LENGTH.findall(head)) if b"\ncontent-length:" in head else ()
+    at = head.find(b"\ntransfer-encoding:")
+    chunked = at >= 0 and b"chunked" in head[at : (head.find(b"\n", at + 1) + 1) or end]
+    at = head.find(b"\ngrpc-status:")
+    code = head[at + 13 : at + 20].split(b"\n", 1)[0].strip() if at >= 0 else b""
+    return Response(
+        "1." + chr(match[1][0]),
+        int(match[2]),
+        size,
+        int(next(iter(lengths))) if len(lengths) == 1 else None,
+        chunked,
+        int(code) if code.isdigit() else None,
+    )
+
+
 # --- DNS ----------------------------------------------------------------------------------------------------
 
 QTYPES = {

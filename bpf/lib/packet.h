@@ -12,6 +12,7 @@
 #define PROTO_UDP 17
 
 #define TCP_FLAG_RST 4
+#define TCP_FLAG_PSH 8
 
 struct packet {
 	u8 source[16];

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import IO
 
 from exporter import events
-from exporter.events import Event, Workload
+from exporter.events import Event, Exchange, Workload
 from exporter.health import losses, printable
 
 log = logging.getLogger(__name__)
@@ -253,8 +253,20 @@ def _details(event: Event) -> list[str]:
     out = _who(event.workload)
     if event.status:
         out.append(f"status={printable(event.status)}")
+    x = event.exchange
+    if x is not None and x.status:
+        out.append(f"status={x.status}")
+    if x is not None and x.grpc_status is not None:
+        out.append(f"grpc={x.grpc_status}")
+    if x is not None and x.error:
+        out.append(f"error={printable(x.error)}")
     if event.duration is not None:
         out.append(f"took={_duration(event.duration)}")
+    if x is not None:
+        if x.response_size:
+            out.append(f"size={_size(x.response_size)}")
+        if x.partial:
+            out.append(f"partial={x.partial}")
     if kind == events.CLOSE:
         out.append(f"tx={_size(event.tx_bytes)}")
         out.append(f"rx={_size(event.rx_bytes)}")
@@ -338,7 +350,7 @@ class JsonFormat:
             kind, when, who, pid, comm, transport, role, src, src_port, dst, port, scope, domain,
             source, status, duration, sent, received, retransmits, rtt, dns_type, answers,
             method, path, headers, proxy, _cookie, _filtered,
-            _, _, _,
+            exchange, _, _,
         ) = event  # fmt: skip
         second, nanoseconds = divmod(when, 1_000_000_000)
         if second != self._second:
@@ -398,6 +410,8 @@ class JsonFormat:
             add(f'"answers":[{",".join(map(_string, answers))}]')
         if proxy:
             add(f'"proxy":{_string(proxy)}')
+        if exchange is not None:
+            add(_exchange(exchange))
         return ",".join(out) + "}\n"
 
     def _workload(self, who: Workload) -> str:
@@ -431,6 +445,31 @@ class JsonFormat:
             self._workloads.clear()
         self._workloads[who.cgroup_id] = who, text
         return text
+
+
+def _exchange(exchange: Exchange) -> str:
+    """The members that say how a request went."""
+    version, scheme, status, error, first_byte, sent, received, grpc, traceparent, sequence, partial = exchange
+    parts = [f'"scheme":"{scheme}","http_version":"{version}"']
+    if status:
+        parts.append(f'"http_status":{status}')
+    if error:
+        parts.append(f'"error":{_string(error)}')
+    if first_byte is not None:
+        parts.append(f'"first_byte_ms":{_milliseconds(first_byte)}')
+    if sent is not None:
+        parts.append(f'"request_bytes":{sent}')
+    if received is not None:
+        parts.append(f'"response_bytes":{received}')
+    if grpc is not None:
+        parts.append(f'"grpc_status":{grpc}')
+    if traceparent:
+        parts.append(f'"trace_id":"{traceparent[3:35]}"')
+    if sequence:
+        parts.append(f'"sequence":{sequence}')
+    if partial:
+        parts.append(f'"partial":"{partial}"')
+    return ",".join(parts)
 
 
 def _object(key: str, **members: str) -> str:

@@ -36,7 +36,7 @@ _TEST_RUN, _OBJ_INFO, _BTF_LOAD = 10, 15, 18
 _LOOKUP_BATCH, _LINK_CREATE, _LINK_UPDATE, _LINK_DETACH = 24, 28, 29, 34
 
 # enum bpf_map_type
-HASH, ARRAY, PERCPU_ARRAY, CGROUP_ARRAY, LPM_TRIE, STACK, SK_STORAGE, RINGBUF = 1, 2, 6, 8, 11, 23, 24, 27
+HASH, ARRAY, PERCPU_ARRAY, CGROUP_ARRAY, LRU_HASH, LPM_TRIE, STACK, SK_STORAGE, RINGBUF = 1, 2, 6, 8, 9, 11, 23, 24, 27
 # map_flags
 NO_PREALLOC, MMAPABLE = 1, 1 << 10
 
@@ -364,8 +364,9 @@ def test_run(program: int, packet: bytes, repeat: int = 1) -> tuple[int, int]:  
 _IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
 
 
-def uprobe(program: int, path: str, offset: int) -> int:
-    """Put a uprobe on a file's offset, for all processes, and run the program there. Closing the descriptor, or the
+def uprobe(program: int, path: str, offset: int, returns: bool = False) -> int:
+    """Put a uprobe on a file's offset, for all processes, and run the program there or, with `returns`, where the
+    function that begins there returns. Closing the descriptor, or the
     death of its owner, takes the probe away: no kernel keeps it."""
     import fcntl
 
@@ -373,7 +374,7 @@ def uprobe(program: int, path: str, offset: int) -> int:
         kind = int(text.read())
     attr = bytearray(112)
     name = _path(path)
-    struct.pack_into("<IIQQQQQ", attr, 0, kind, 112, 0, 1, 0, 0, 0)
+    struct.pack_into("<IIQQQQQ", attr, 0, kind, 112, returns, 1, 0, 0, 0)
     struct.pack_into("<I", attr, 48, 1)  # wakeup_events
     struct.pack_into("<QQ", attr, 56, _address(name), offset)
     buffer = ctypes.create_string_buffer(bytes(attr), 112)

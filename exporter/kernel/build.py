@@ -30,6 +30,10 @@ PARTS: dict[int, tuple[str, ...]] = {
         "ebfw_ingress",
         "ebfw_release",
         "ebfw_ssl_write",
+        "ebfw_ssl_read",
+        "ebfw_ssl_read_ex",
+        "ebfw_ssl_read_return",
+        "ebfw_ssl_free",
     ),
     2: ("ebfw_egress",),
 }

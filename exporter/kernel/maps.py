@@ -59,6 +59,9 @@ def specs(flows: int, ring_bytes: int) -> dict[str, MapSpec]:
         MapSpec("tallies", bpf.PERCPU_ARRAY, 4, 8, len(wire.TALLIES)),
         MapSpec("scope", bpf.CGROUP_ARRAY, 4, 4, 1),
         MapSpec("records", bpf.RINGBUF, 0, 0, ring_bytes),
+        MapSpec("received", bpf.LRU_HASH, 8, size(wire.Received), 8192),
+        MapSpec("tls_streams", bpf.LRU_HASH, wire.TLS_KEY_SIZE, wire.TLS_STREAM_SIZE, 8192),
+        MapSpec("tls_calls", bpf.LRU_HASH, 8, wire.TLS_CALL_SIZE, 8192),
     )
     assert tuple(spec.name for spec in table) == wire.MAP_IDS
     own = (  # no program uses these: the agent's memory beyond its own life

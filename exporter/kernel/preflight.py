@@ -14,7 +14,7 @@ from typing import IO
 
 from exporter.errors import EbfwError
 from exporter.kernel import bpf, build, maps, pins
-from exporter.kernel.probes import PROBES, TLS_PROBE, load
+from exporter.kernel.probes import PROBES, TLS_PROBES, load
 
 
 class _Report:
@@ -91,10 +91,11 @@ def _try_programs(r: _Report, fds: dict[str, int], flows: int, ring: int) -> Non
         except EbfwError as error:
             r.line(probe.name, False, f"without it: {probe.lost}. {error}", probe.needed)
     try:
-        os.close(load(TLS_PROBE, code, fds))
+        for probe in TLS_PROBES:
+            os.close(load(probe, code, fds))
         r.line("tls uprobes", *_uprobe_possible())
     except EbfwError as error:
-        r.line("tls uprobes", False, f"without them: {TLS_PROBE.lost}. {error}")
+        r.line("tls uprobes", False, f"without them: {TLS_PROBES[0].lost}. {error}")
     r.head("maps")
     total = 0
     for name, fd in fds.items():
@@ -106,7 +107,7 @@ def _try_programs(r: _Report, fds: dict[str, int], flows: int, ring: int) -> Non
 
 def _uprobe_possible() -> tuple[bool, str]:
     if not os.path.exists("/sys/bus/event_source/devices/uprobe/type"):
-        return False, f"without them: {TLS_PROBE.lost}. The kernel has no uprobe events (CONFIG_UPROBE_EVENTS)."
+        return False, f"without them: {TLS_PROBES[0].lost}. The kernel has no uprobe events (CONFIG_UPROBE_EVENTS)."
     return True, ""
 
 

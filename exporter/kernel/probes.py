@@ -41,7 +41,11 @@ PROBES = (
     Probe("ingress", bpf.CGROUP_SKB, bpf.INGRESS, "received bytes, DNS answers, refused connections", needed=True),
     Probe("release", bpf.CGROUP_SOCK, bpf.SOCK_RELEASE, "connections given up or without a route"),
 )
-TLS_PROBE = Probe("ssl_write", bpf.KPROBE, 0, "HTTP requests inside TLS")
+# Put on the functions of TLS libraries by kernel/tls_libraries.py. Without any one of them, none is.
+TLS_PROBES = tuple(
+    Probe(name, bpf.KPROBE, 0, "HTTP requests inside TLS")
+    for name in ("ssl_write", "ssl_read", "ssl_read_ex", "ssl_read_return", "ssl_free")
+)
 
 _SCOPES: tuple[tuple[str, str], ...] = (
     ("127.0.0.0/8", "loopback"),
@@ -211,12 +215,12 @@ class Kernel:
                 self.adopted_programs = True
                 for probe in PROBES:
                     features.set(probe.name, True, "")
-                self._open_tls_program()
+                self._open_tls_programs()
                 return
             code = build.compile_programs()
             for probe in PROBES:
                 self._attach_one(probe, code, cgroup, cgroup_id)
-            self._load_tls_program(code)
+            self._load_tls_programs(code)
             bpf.map_update(self.maps["stamp"], bytes(4), maps.STAMP.pack(*self._stamp()))
         finally:
             os.close(cgroup)
@@ -272,22 +276,28 @@ class Kernel:
         finally:
             os.close(link)
 
-    def _load_tls_program(self, code: dict[str, bytes]) -> None:
-        path = self.pin_path / f"prog_{TLS_PROBE.name}"
-        path.unlink(missing_ok=True)
+    def _load_tls_programs(self, code: dict[str, bytes]) -> None:
         try:
-            program = load(TLS_PROBE, code, self.maps)
+            for probe in TLS_PROBES:
+                path = self.pin_path / f"prog_{probe.name}"
+                path.unlink(missing_ok=True)
+                program = self.programs[probe.name] = load(probe, code, self.maps)
+                bpf.pin(program, str(path))
         except KernelError as error:
-            features.set("tls_uprobes", False, f"{TLS_PROBE.lost} ({error})")
-            return
-        bpf.pin(program, str(path))
-        self.programs[TLS_PROBE.name] = program
+            self._without_tls(str(error))
 
-    def _open_tls_program(self) -> None:
+    def _open_tls_programs(self) -> None:
         try:
-            self.programs[TLS_PROBE.name] = bpf.get_pinned(str(self.pin_path / f"prog_{TLS_PROBE.name}"))
+            for probe in TLS_PROBES:
+                self.programs[probe.name] = bpf.get_pinned(str(self.pin_path / f"prog_{probe.name}"))
         except OSError:
-            features.set("tls_uprobes", False, f"{TLS_PROBE.lost} (its program is not pinned)")
+            self._without_tls("a program is not pinned")
+
+    def _without_tls(self, why: str) -> None:
+        for fd in self.programs.values():
+            os.close(fd)
+        self.programs = {}
+        features.set("tls_uprobes", False, f"{TLS_PROBES[0].lost} ({why})")
 
     # --- the rest of its life -------------------------------------------------------------------------------------
 
@@ -295,6 +305,11 @@ class Kernel:
         """Losses by (stage, cause), and ("filtered", kind): totals since the maps were made."""
         totals = zip(wire.TALLIES, maps.read_tallies(self.maps["tallies"]), strict=True)
         return {cause: total for cause, total in totals if cause[0] != "made"}
+
+    def received(self, cookie: int) -> tuple[int, int] | None:
+        """Of an HTTP/1 response that comes in several pieces: how many bytes have come, and when the last did."""
+        found = bpf.map_lookup(self.maps["received"], struct.pack("<Q", cookie), 16)
+        return struct.unpack("<QQ", found) if found else None
 
     def memory(self) -> dict[str, int]:
         """Bytes by map, as the kernel accounts them."""

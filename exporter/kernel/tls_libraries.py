@@ -1,6 +1,6 @@
 """Finds OpenSSL in the processes of a cgroup subtree and puts the TLS probe on it.
 
-In: the pids of the subtree. Out: uprobes on SSL_write and SSL_write_ex, one pair a library file. A probe sits on a
+In: the pids of the subtree. Out: uprobes on what writes, reads and frees, one set a library file. A probe sits on a
 file, which processes outside may share; the program asks the kernel whether the task is in the subtree and reports no
 other (bpf/tls.h). Where the whole host is watched, the system's own libraries are probed before anyone maps them.
 """
@@ -18,7 +18,14 @@ from typing import NamedTuple
 from exporter.health import features, losses
 from exporter.kernel import bpf
 
-SYMBOLS = (b"SSL_write", b"SSL_write_ex")
+# Function -> program, and whether it runs where the function returns.
+PROBES: dict[bytes, tuple[tuple[str, bool], ...]] = {
+    b"SSL_write": (("ssl_write", False),),
+    b"SSL_write_ex": (("ssl_write", False),),
+    b"SSL_read": (("ssl_read", False), ("ssl_read_return", True)),
+    b"SSL_read_ex": (("ssl_read_ex", False), ("ssl_read_return", True)),
+    b"SSL_free": (("ssl_free", False),),
+}
 LIBRARIES = 256  # probed at once; a library is dropped when no process maps it any more
 _SSL = re.compile(r"/libssl[^/]*\.so[^/]*$")
 _FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/lib64", "/lib")
@@ -30,10 +37,10 @@ class Library(NamedTuple):
 
 
 class TlsLibraries:
-    """`program`: the descriptor of ebfw_ssl_write. `everywhere`: the whole host is watched."""
+    """`programs`: descriptors of the programs of probes.TLS_PROBES. `everywhere`: the whole host is watched."""
 
-    def __init__(self, program: int, cgroup: Path, everywhere: bool) -> None:
-        self._program, self._cgroup, self._everywhere = program, cgroup, everywhere
+    def __init__(self, programs: dict[str, int], cgroup: Path, everywhere: bool) -> None:
+        self._programs, self._cgroup, self._everywhere = programs, cgroup, everywhere
         self._probes: dict[Library, list[int]] = {}
         self._hopeless: set[Library] = set()
         if everywhere:
@@ -102,7 +109,7 @@ class TlsLibraries:
             if len(self._probes) >= LIBRARIES:
                 losses.add("table", "tls_libraries_full")
                 return
-            offsets = symbol_offsets(path, SYMBOLS)
+            offsets = symbol_offsets(path, PROBES)
         except (OSError, ValueError, struct.error, IndexError):
             losses.add("attribution", "tls_library_unreadable")
             if library is not None and len(self._hopeless) < LIBRARIES:
@@ -110,8 +117,9 @@ class TlsLibraries:
             return
         fds: list[int] = []
         try:
-            for offset in offsets.values():
-                fds.append(bpf.uprobe(self._program, path, offset))
+            for symbol, offset in offsets.items():
+                for program, returns in PROBES[symbol]:
+                    fds.append(bpf.uprobe(self._programs[program], path, offset, returns))
         except OSError as error:
             for fd in fds:
                 os.close(fd)

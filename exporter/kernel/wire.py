@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes as c
 import struct
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 STRIPES = 4
 NAME_SIZE = 256
 NAME_FROM_SNI, NAME_FROM_HOST = 1, 2
@@ -31,6 +31,9 @@ MAP_IDS = (
     "tallies",
     "scope",
     "records",
+    "received",
+    "tls_streams",
+    "tls_calls",
 )  # enum map_id, from 1
 
 ROLES = ("unknown", "client", "server")
@@ -61,11 +64,14 @@ TALLIES = (
     RECORD_HELLO,
     RECORD_HEAD,
     RECORD_TLS_WRITE,
-) = range(1, 9)
+    RECORD_RESPONSE,
+    RECORD_RECEIVED,
+    RECORD_TLS_CLOSED,
+) = range(1, 12)
 
 OUTCOMES = ("", "ok", "refused", "timed_out", "cancelled", "unreachable", "denied", "reset")
 
-RECORD_TRUNCATED, RECORD_PROXIED, RECORD_HEAD_END = 1, 2, 4
+RECORD_TRUNCATED, RECORD_PROXIED, RECORD_HEAD_END, RECORD_LAST_CHUNK = 1, 2, 4, 8
 
 Address = c.c_uint8 * 16
 
@@ -153,8 +159,12 @@ class Record(c.Structure):
         ("retransmits", c.c_uint32),
         ("rtt_us", c.c_uint32),
         ("offset", c.c_uint32),
-        ("pad", c.c_uint32),
+        ("sequence", c.c_uint32),
     )
+
+
+class Received(c.Structure):
+    _fields_ = (("bytes", c.c_uint64), ("last_ns", c.c_uint64))
 
 
 STRUCTS: dict[str, type[c.Structure]] = {
@@ -167,6 +177,7 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "destination": Destination,
     "settings": Settings,
     "record": Record,
+    "received": Received,
 }
 
 # For the hot path: one call for all fields, in the order of struct record.
@@ -177,5 +188,6 @@ assert RECORD.size == c.sizeof(Record)
 assert FLOW_KEY.size == c.sizeof(FlowKey)
 assert FLOW_ROW.size == c.sizeof(FlowRow)
 
-SOCKET_SIZE = 152
+SOCKET_SIZE = 192
+TLS_KEY_SIZE, TLS_STREAM_SIZE, TLS_CALL_SIZE = 16, 48, 24
 INSPECTION_SIZE = 1236

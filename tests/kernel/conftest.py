@@ -132,6 +132,7 @@ class Watch:
             names.learn_for,
             hidden,
             lambda monotonic: monotonic,
+            tap.kernel.received,
         )
 
     def pump(self) -> Watch:
@@ -144,6 +145,7 @@ class Watch:
                 event = self.join.add(decoded) if decoded is not None else None
                 if event is not None:
                     self.events.append(event)
+        self.events.extend(self.join.expire(0))
         self._next = len(self.tap.sightings)
         return self
 

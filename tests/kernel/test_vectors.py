@@ -12,7 +12,8 @@ import struct
 
 import pytest
 
-from exporter.events import HTTP, TLS, Counts
+from exporter import decode
+from exporter.events import TLS, Counts
 from exporter.kernel import bpf, probes, wire
 from lab import Cgroup, dns
 
@@ -125,9 +126,9 @@ def test_first_payload_of_tcp(shape, bench):
     send(egress, shape(6, tcp(request("vector.lab.example"), options=timestamps)))
     send(egress, shape(6, tcp(hello(1400, "vector.lab.example"), options=timestamps + bytes(28))))
     watch.settle()
-    assert [(e.kind, e.domain) for e in watch.events] == [
-        (HTTP, "vector.lab.example"),
-        (TLS, "vector.lab.example"),
+    assert [(s.kind, tap.kernel.names.get(s.name)) for s in watch.sightings] == [
+        (decode.HEAD, "vector.lab.example"),
+        (decode.HELLO, "vector.lab.example"),
     ]
     assert watch.total.tx_packets == 2
 

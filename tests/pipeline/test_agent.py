@@ -201,9 +201,9 @@ def test_json(seen: Seen) -> None:
     assert kinds["http"] == 3
     assert kinds["close"] == 5
     assert kinds["connect"] == 6  # five over TCP, one over UDP
-    assert kinds["dns"] == len(
-        [q for q in seen.agents[0].host.world.servers.log("dns", "query") if q["name"] == "inside.lab.example"]
-    )
+    queries = [q for q in seen.agents[0].host.world.servers.log("dns", "query") if q["name"] == "inside.lab.example"]
+    # one that a slow machine made the resolver send again is the same question
+    assert kinds["dns"] == len({(*query["peer"], query["type"]) for query in queries})
     for kind, part in (("https", "tls"), ("http", "plain")):
         path = f"/inside/{part}/v1/REDACTED/charge?token=REDACTED&page=REDACTED"
         (request,) = [event for event in inside if event["kind"] == kind and event["path"] == path]

@@ -74,6 +74,9 @@ def test_curl(agent: Agent, world: World) -> None:
         assert (event["method"], event["domain"], event["name_source"]) == ("PUT", "inside.lab.example", "host")
         assert (event["pid"], event["comm"]) == (process.pid, "curl")
         assert event["workload"]["name"] == "shop"
+        assert (event["http_status"], event["http_version"], event["scheme"]) == (200, "1.1", "https")
+        assert 0 < event["first_byte_ms"] <= event["duration_ms"]
+        assert event["response_bytes"] == len("this is the lab\n")
     assert len([r for r in world.servers.log("https", "request") if r["target"].startswith("/curl/")]) == 23
 
 
@@ -87,6 +90,7 @@ def test_python(agent: Agent, world: World) -> None:
     assert [event["path"] for event in found] == [f"/python/{n}?secret=REDACTED" for n in range(23)]
     for event in found:
         assert (event["method"], event["domain"]) == ("DELETE", "named.example")
+        assert (event["http_status"], event["response_bytes"]) == (200, len("this is the lab\n"))
         assert event["pid"] == process.pid
         assert event["comm"].startswith("python")
 
@@ -130,10 +134,10 @@ def test_a_library_that_comes_later(agent: Agent, world: World) -> None:
     eventually(lambda: [e for e in requests(agent, "/late/4")])
     seen = [int(event["path"].split("/")[2].split("?")[0]) for event in requests(agent, "/late/")]
     assert seen in ([0, 1, 2, 3, 4], [1, 2, 3, 4])
-    eventually(lambda: agent.metrics().total("ebfw_uprobe_attached") == probes + 2)
+    eventually(lambda: agent.metrics().total("ebfw_uprobe_attached") == probes + 7)
     process.communicate(timeout=10)
     eventually(lambda: agent.metrics().total("ebfw_uprobe_attached") == probes, 15)
-    assert probes == 2
+    assert probes == 7
 
 
 def test_broken_libraries_are_counted(agent: Agent, world: World, tmp_path: os.PathLike[str]) -> None:

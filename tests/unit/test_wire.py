@@ -17,7 +17,7 @@ HEADER = (BPF / "wire.h").read_text()
 CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.S)
 
 # Python knows these by their bytes or their size only.
-UNMIRRORED = {"name", "socket", "inspection"}
+UNMIRRORED = {"name", "socket", "inspection", "tls_key", "tls_stream", "tls_call"}
 
 TALLY_NAMES = {
     ("ring", "full"): "LOST_RING_FULL",
@@ -69,6 +69,9 @@ def claims() -> list[str]:
     every += [
         f"sizeof(struct socket) == {wire.SOCKET_SIZE}",
         f"sizeof(struct inspection) == {wire.INSPECTION_SIZE}",
+        f"sizeof(struct tls_key) == {wire.TLS_KEY_SIZE}",
+        f"sizeof(struct tls_stream) == {wire.TLS_STREAM_SIZE}",
+        f"sizeof(struct tls_call) == {wire.TLS_CALL_SIZE}",
         f"sizeof(struct name) == {wire.NAME_SIZE}",
         f"sizeof(struct record) == {wire.RECORD.size}",
         f"sizeof(struct flow_key) == {wire.FLOW_KEY.size}",

@@ -1,0 +1,337 @@
+"""Requests and responses of HTTP/1 -> exchanges: what was asked, how it was answered, how long it took.
+
+In: sightings of request heads (in pieces, from packets; whole, from TLS libraries) and of the first bytes of responses,
+how much of a response has come, ends of connections. Out: `Ended`, once the last byte of a response is known to have
+come, or that it never will. Not its job: names, workloads, events (join); HTTP/2.
+
+The kernel tells the first bytes of a response at once, and of the rest only how much there was: where a response ends
+is worked out here (RFC 9112 section 6.3). One that comes in one piece, as most do, is over with its first record.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from exporter import decode, events
+from exporter.decode import Sighting
+from exporter.events import Exchange
+from exporter.health import losses
+from exporter.parse import Request, Response, parse_request, parse_response
+
+HEADS = 1024  # request heads that have come in part
+HEAD_BYTES = 8192
+OPEN = 8192  # connections with a request that waits for the end of its response
+SECOND = 1_000_000_000
+HEAD_SECONDS = 10
+OPEN_SECONDS = 3600  # a response may take its time; a connection whose end was lost has none
+QUIET_SECONDS = 5  # a response whose end nothing tells is over when nothing has come for so long
+PIPELINED = 64  # requests on one connection that wait
+
+# What a failed connection is called in error.type.
+_ERRORS = {"reset": "connection_reset", "timed_out": "timed_out", "ok": "connection_closed"}
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class Ended(NamedTuple):
+    """`first`: the sighting with which the request began. `duration` in ns, None where the end is not known."""
+
+    kind: str
+    first: Sighting
+    request: Request
+    exchange: Exchange
+    duration: int | None
+
+
+class _Head:
+    __slots__ = ("data", "first", "time")
+
+    def __init__(self, first: Sighting) -> None:
+        self.first, self.time = first, first.time
+        self.data = b""
+
+
+class _Open:
+    """A request whose response has not come to its end. `size`: of its head. `whole`: bytes of the response, head
+    included, where that is known; `come`: how many there are, the last of them at `last`."""
+
+    __slots__ = (
+        "chunked",
+        "come",
+        "first",
+        "first_byte",
+        "kind",
+        "last",
+        "request",
+        "response",
+        "sent",
+        "size",
+        "whole",
+    )
+
+    def __init__(self, kind: str, first: Sighting, request: Request, size: int) -> None:
+        self.kind, self.first, self.request, self.size = kind, first, request, size
+        self.response: Response | None = None
+        self.first_byte: int | None = None
+        self.come = self.sent = 0
+        self.last = first.time
+        self.whole: int | None = None
+        self.chunked = False
+
+
+class Exchanges:
+    """`received`: cookie -> (bytes of the response that have come, when the last did), as the kernel counts them for
+    responses of more than one piece; None where it has none."""
+
+    def __init__(self, received: Callable[[int], tuple[int, int] | None]) -> None:
+        self._received = received
+        self._heads: OrderedDict[int, _Head] = OrderedDict()
+        self._open: dict[int, list[_Open]] = {}
+        self._coming: dict[int, _Open] = {}  # responses of more than one piece
+        self.ended: list[Ended] = []  # whoever takes them clears it
+
+    def __len__(self) -> int:
+        return len(self._heads) + len(self._open)
+
+    def open(self) -> Iterator[tuple[str, Sighting, Request]]:
+        """Requests that wait for the end of their response."""
+        for waiting in self._open.values():
+            for one in waiting:
+                yield one.kind, one.first, one.request
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def head(self, s: Sighting) -> None:
+        """A piece of a request head."""
+        head = self._heads.get(s.cookie)
+        if head is not None and s.offset != len(head.data):
+            del self._heads[s.cookie]
+            if s.offset:
+                losses.add("join", "head_piece_missing")
+                return
+            losses.add("join", "head_unfinished")
+            head = None
+        if head is None:
+            if s.offset:  # the rest of a head whose event is out, or whose start was lost
+                return
+            head = _Head(s)
+        head.data += s.payload
+        request = parse_request(head.data)
+        ended = s.flags & (decode.TRUNCATED | decode.HEAD_END) or len(head.data) >= HEAD_BYTES
+        if request is None and (ended or b"\n" in head.data):
+            self._heads.pop(s.cookie, None)  # it has a whole first line, and that is no request line
+            return
+        if not ended and (request is None or request.truncated):
+            self._heads[s.cookie] = head
+            if len(self._heads) > HEADS:
+                losses.add("join", "heads_full")
+                self._heads.popitem(last=False)
+            return
+        self._heads.pop(s.cookie, None)
+        if request is not None:
+            self._begin(events.HTTP, head.first, request, head.data)
+
+    def tls_head(self, s: Sighting) -> None:
+        """What an application handed to its TLS library, and looks like a request."""
+        request = parse_request(s.payload)
+        if request is None:
+            losses.add("decode", "http_head")
+        else:
+            self._begin(events.HTTPS, s, request, s.payload)
+
+    def _begin(self, kind: str, first: Sighting, request: Request, data: bytes) -> None:
+        one = _Open(kind, first, request, len(data) if request.truncated else head_size(data))
+        waiting = self._open.get(first.cookie)
+        if waiting is None:
+            self._open[first.cookie] = [one]
+            if len(self._open) > OPEN:
+                losses.add("join", "exchanges_full")
+                self._give_up(next(iter(self._open)), "", "lost")
+            return
+        # A response whose end nothing told is over when the next request begins.
+        if waiting[0].response is not None:
+            self._end(first.cookie, waiting[0])
+            waiting = self._open.setdefault(first.cookie, [])
+        if len(waiting) >= PIPELINED:
+            losses.add("join", "exchanges_full")
+            self._give_up(first.cookie, "", "lost")
+            waiting = self._open.setdefault(first.cookie, [])
+        waiting.append(one)
+
+    # --- responses ------------------------------------------------------------------------------------------------
+
+    def response(self, s: Sighting) -> None:
+        """The first bytes of a response, or what comes where one was expected."""
+        waiting = self._open.get(s.cookie)
+        if not waiting:
+            losses.add("join", "response_without_request")
+            return
+        data, size = s.payload, s.rx_bytes
+        one = waiting[0]
+        if one.response is not None:  # the rest of it; the kernel expected the next, of a pipelined request
+            missing = (one.whole if one.whole is not None else one.come + size) - one.come
+            self._more(s.cookie, one, one.come + min(size, missing), s.time, False)
+            data, size = data[missing:], size - missing
+        while size > 0 and (waiting := self._open.get(s.cookie)):
+            one = waiting[0]
+            if one.response is not None:
+                return
+            response = parse_response(data)
+            if response is None:
+                if one.first_byte is None:
+                    losses.add("decode", "http_response")
+                return
+            if response.status < 200 and response.status != 101:  # the final one follows
+                if response.size is None:
+                    return
+                data, size = data[response.size :], size - response.size
+                continue
+            one.response, one.first_byte, one.sent = response, s.time - one.first.time, s.tx_bytes
+            one.whole = _whole(one.request.method, response)
+            one.chunked = one.whole is None and response.chunked
+            if one.whole is not None and one.whole <= size:
+                one.come, one.last = one.whole, s.time
+                self._end(s.cookie, one)
+                data, size = data[one.whole :], size - one.whole
+                continue
+            last = one.chunked and len(data) == size and data.endswith(b"0\r\n\r\n")
+            self._more(s.cookie, one, size, s.time, last)
+            return
+
+    def received(self, s: Sighting) -> None:
+        """How far a response has come."""
+        waiting = self._open.get(s.cookie)
+        if waiting and waiting[0].response is not None:
+            self._more(s.cookie, waiting[0], s.rx_bytes, s.time, bool(s.flags & decode.LAST_CHUNK))
+
+    def _more(self, cookie: int, one: _Open, come: int, now: int, last_chunk: bool) -> None:
+        one.come, one.last = max(one.come, come), now
+        if (one.whole is not None and one.come >= one.whole) or (last_chunk and one.chunked):
+            self._end(cookie, one)
+        else:
+            self._coming[cookie] = one
+
+    # --- ends -----------------------------------------------------------------------------------------------------
+
+    def closed(self, s: Sighting) -> None:
+        """The connection is over, and with it what was under way."""
+        if (head := self._heads.pop(s.cookie, None)) is not None and parse_request(head.data):
+            losses.add("join", "head_unfinished")  # it waited for its end, and has none
+        if s.cookie in self._open:
+            self._give_up(s.cookie, _ERRORS.get(s.outcome, "connection_closed"), "", s.time)
+
+    def _give_up(self, cookie: int, error: str, partial: str, now: int = 0) -> None:
+        for one in list(self._open.get(cookie, ())):
+            if one.response is None:
+                one.last = now
+            complete = one.response is not None and one.whole is None and not one.chunked
+            self._end(cookie, one, "" if complete else error, partial)
+
+    def _end(self, cookie: int, one: _Open, error: str = "", partial: str = "") -> None:
+        waiting = self._open[cookie]
+        waiting.remove(one)
+        if not waiting:
+            del self._open[cookie]
+        if self._coming.get(cookie) is one:
+            del self._coming[cookie]
+        first, request, response = one.first, one.request, one.response
+        scheme = "https" if one.kind == events.HTTPS else "http"
+        sent = _body_sent(request, one)
+        if response is None:
+            exchange = Exchange(
+                request.version or "1.1",
+                scheme,
+                error=error,
+                request_size=sent,
+                traceparent=_traceparent(request),
+                sequence=first.sequence,
+                partial=partial,
+            )
+            duration = None if partial else one.last - first.time
+        else:
+            body = one.come - response.size if response.size is not None and one.come >= response.size else None
+            exchange = Exchange(
+                response.version,
+                scheme,
+                response.status,
+                error,
+                one.first_byte,
+                sent,
+                body,
+                response.grpc_status,
+                _traceparent(request),
+                first.sequence,
+                partial,
+            )
+            duration = one.last - first.time
+        self.ended.append(Ended(one.kind, first, request, exchange, duration))
+
+    def expire(self, now: int) -> None:
+        """Look after responses that come in pieces; give up what waits for too long. `now`: CLOCK_MONOTONIC ns."""
+        for cookie, one in list(self._coming.items()):
+            found = self._received(cookie)
+            if found is not None and found[1] >= one.last:
+                self._more(cookie, one, *found, False)
+            if (
+                cookie in self._coming
+                and now - one.last > QUIET_SECONDS * SECOND
+                and not one.chunked
+                and one.whole is None
+            ):
+                self._end(cookie, one)
+        while self._heads:
+            cookie, head = next(iter(self._heads.items()))
+            if now - head.time < HEAD_SECONDS * SECOND:
+                break
+            del self._heads[cookie]
+            request = parse_request(head.data)
+            if request:  # else letters that became no request line
+                losses.add("join", "head_unfinished")
+                self._begin(events.HTTP, head.first, request, head.data)
+        while self._open:
+            cookie = next(iter(self._open))
+            if now - self._open[cookie][0].first.time < OPEN_SECONDS * SECOND:
+                break
+            losses.add("join", "exchange_without_end")
+            self._give_up(cookie, "", "lost")
+
+
+def head_size(data: bytes) -> int:
+    """Bytes up to the end of the empty line; all of them where there is none."""
+    end = data.find(b"\r\n\r\n")
+    if end >= 0:
+        return end + 4
+    end = data.find(b"\n\n")
+    return end + 2 if end >= 0 else len(data)
+
+
+def _whole(method: str, response: Response) -> int | None:
+    """Bytes of head and body, RFC 9112 section 6.3; None where the head does not tell."""
+    if response.size is None:
+        return None
+    bodiless = method == "HEAD" or response.status in (101, 204, 304) or (method == "CONNECT" and response.status < 300)
+    if bodiless:
+        return response.size
+    if response.chunked or response.length is None:
+        return None
+    return response.size + response.length
+
+
+def _body_sent(request: Request, one: _Open) -> int | None:
+    """Of the request's body; a chunked one with its framing."""
+    for name, value in request.headers:
+        if len(name) == 14 and name.lower() == "content-length":
+            return int(value) if value.isdecimal() and len(value) < 16 else None
+        if len(name) == 17 and name.lower() == "transfer-encoding":
+            return max(0, one.sent - one.size) if one.response is not None and not request.truncated else None
+    return None if request.truncated else 0
+
+
+def _traceparent(request: Request) -> str:
+    """W3C Trace Context, section 3.2; "" where there is none that is valid."""
+    for name, value in request.headers:
+        if len(name) == 11 and name.lower() == "traceparent":
+            return value[:55] if _TRACEPARENT.match(value) and (len(value) == 55 or value[:2] != "00") else ""
+    return ""
