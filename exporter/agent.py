@@ -144,9 +144,8 @@ class Pipeline:
 
     def tell(self, events: list[Event]) -> None:
         """Events to every way out, their secrets hidden."""
-        observe, write, emit, options = self.metrics.observe, self.console.write, self.otlp.emit, self.redaction
-        for event in events:
-            observe(event)
+        write, emit, options = self.console.write, self.otlp.emit, self.redaction
+        self.metrics.observe_all(events)
         events = [event for event in events if not event.filtered]
         self.met.update([event.pid for event in events])
         for event in events:

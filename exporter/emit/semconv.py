@@ -136,6 +136,20 @@ def dns_error(status: str) -> str:
     return _DNS_ERRORS.get(lowered, lowered)
 
 
+# rpc.response.status_code of gRPC, by number (grpc/doc/statuscodes.md).
+GRPC_CODES: Final = (
+    "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
+    "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
+    "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
+)  # fmt: skip
+# Of these, what is the server's fault: as 5xx is in HTTP (conventions for gRPC, server span).
+GRPC_SERVER_ERRORS: Final = frozenset((2, 4, 12, 13, 14, 15))
+
+# The methods that the conventions know; anything else is `_OTHER`, with the original beside it.
+HTTP_METHODS: Final = frozenset(
+    ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY")
+)
+
 # How sure a name is: the conventions' words. All of `ebfw.` is development until a release says otherwise.
 STABLE, CANDIDATE, DEVELOPMENT = "stable", "release candidate", "development"
 
