@@ -24,6 +24,7 @@ from exporter.emit.metrics import Metrics
 from exporter.emit.otlp import Otlp
 from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
+from exporter.emit.routes import Routes
 from exporter.enrich import ContainerNames, HiddenNames, Names, Workloads, find_root, root_problem
 from exporter.errors import SettingsError
 from exporter.events import Counts, Event, Flow
@@ -53,7 +54,14 @@ def run(settings: Settings) -> int:
     cgroup = scope_of(settings, root)
     kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
     resources = Resources(platform.node(), settings.node_name, __version__, settings.otel)
-    metrics = Metrics(resources)
+    routes = Routes(settings.routes)
+    metrics = Metrics(
+        resources,
+        level=settings.metrics_level,
+        attributes=settings.metrics_attributes,
+        opt_in=settings.metrics_opt_in,
+        routes=routes if settings.inspect_paths else None,
+    )
     unready = ["the programs are not attached yet"]  # why /readyz says no, in its one place; "" = ready
     server = serve_metrics(settings, metrics, lambda: unready[0])
     try:

@@ -27,7 +27,7 @@ from exporter.emit.histograms import Exemplar, Histogram
 from exporter.emit.redact import Options, target
 from exporter.emit.resource import Resources
 from exporter.emit.routes import Routes
-from exporter.emit.series import IX, ZEROS, Attributes, Gone, Layout, Number, Point, Row, Snapshot, State, Value
+from exporter.emit.series import IX, ZEROS, Attributes, Gone, Layout, Number, Point, Row, Snapshot, Value
 from exporter.emit.store import (
     ALWAYS_OFF,
     ALWAYS_ON,
@@ -88,6 +88,7 @@ class Metrics:
         self._port, self._type = c.PEER_PORT in chosen, c.DNS_QUESTION_TYPE in chosen
         self._scheme, self._ja4 = c.URL_SCHEME in chosen, c.TLS_JA4 in chosen
         self._template = c.URL_TEMPLATE in chosen
+        self.routes = routes  # of whoever else wants templates: one book for all
         self._routes = routes if self._template else None
         self._more = tuple(index for index in _HTTP_MORE if c.WORKLOAD_METRICS[index].name in wanted)
         self._lock = threading.Lock()
@@ -301,8 +302,8 @@ class Metrics:
 
     def expire(self, now: float | None = None) -> None:
         """Drop what ended or went idle. Call it every few seconds: it is also the coarse clock of `add`."""
-        if self._routes is not None:
-            self._routes.expire()
+        if self.routes is not None:
+            self.routes.expire()
         with self._lock:
             self._store.expire(now)
 

@@ -20,7 +20,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from exporter.emit.redact import REDACTED, Options, target
-from exporter.errors import SettingsError
 from exporter.events import Event
 
 CAP = 10  # words at one place
@@ -44,7 +43,6 @@ _WORD = re.compile(r"@?[A-Za-z$_.~-]{1,64}")
 # Words with a number in them stay words: v1, oauth2, s3, x509, ipv4, sha256. A digit or two in a name is common, more
 # of them are an id, and so are digits and letters by turns.
 _NUMBERED = re.compile(r"(?:[A-Za-z$_.~-]{1,32}[0-9]{1,3}[A-Za-z$_.~-]{0,32}|[0-9]{1,2}[A-Za-z]{2,32})")
-_PATTERN = re.compile(r"/(?:[^\s,?#/]+(?:/[^\s,?#/]+)*/?)?")
 
 
 class _Place:
@@ -73,7 +71,7 @@ class _Host:
 
 
 class Routes:
-    """`patterns`: see `checked`. `cap`: words at one place. Any thread may call anything."""
+    """`patterns`: as in settings.Settings.routes. `cap`: words at one place. Any thread may call anything."""
 
     def __init__(
         self, patterns: Sequence[str] = (), *, cap: int = CAP, clock: Callable[[], float] = time.monotonic
@@ -217,13 +215,3 @@ def _fits(wanted: list[str], segments: list[str]) -> bool:
     elif len(wanted) != len(segments):
         return False
     return all(word in (segment, "*") or word.startswith("{") for word, segment in zip(wanted, segments, strict=False))
-
-
-def checked(text: str) -> tuple[str, ...]:
-    """EBFW_ROUTES: patterns between commas. `{name}` and `*` stand for one segment, `*` at the end for all that
-    follow, none included. Raises SettingsError."""
-    found = tuple(pattern for part in text.split(",") if (pattern := part.strip()))
-    for pattern in found:
-        if not _PATTERN.fullmatch(pattern):
-            raise SettingsError(f"EBFW_ROUTES: {pattern!r} is no pattern; one looks like /users/{{id}}/*")
-    return found
