@@ -94,19 +94,6 @@ class _Http:
         self._exporter.shutdown()
 
 
-def _session(certificate: str) -> Any:
-    """requests takes REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE before what a session is told; here the certificate that is
-    set for this endpoint comes first. Proxies are the environment's, as everywhere."""
-    import requests
-
-    class Session(requests.Session):
-        def merge_environment_settings(self, *arguments: Any) -> Any:
-            found = super().merge_environment_settings(*arguments)
-            return {**found, "verify": certificate} if certificate else found
-
-    return Session()
-
-
 def _http_classes(signal: str) -> tuple[Callable[..., Any], Any]:
     if signal == "traces":
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -209,3 +196,16 @@ def _grpc_class(signal: str) -> Any:
 
 def _read(path: str) -> bytes | None:
     return Path(path).read_bytes() if path else None
+
+
+def _session(certificate: str) -> Any:
+    """requests takes REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE before what a session is told; here the certificate that is
+    set for this endpoint comes first. Proxies are the environment's, as everywhere."""
+    import requests
+
+    class Session(requests.Session):
+        def merge_environment_settings(self, *arguments: Any) -> Any:
+            found = super().merge_environment_settings(*arguments)
+            return {**found, "verify": certificate} if certificate else found
+
+    return Session()
