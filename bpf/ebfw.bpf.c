@@ -11,6 +11,7 @@
 #include "connect.h"
 #include "packets.h"
 #include "tls.h"
+#include "processes.h"
 
 #if EBFW_PART != 2
 int ebfw_connect4(struct bpf_sock_addr *ctx)
@@ -98,5 +99,10 @@ int ebfw_ssl_free(struct registers *regs)
 {
 	tls_freed(ARGUMENT1(regs));
 	return 0;
+}
+
+int ebfw_exec(void *ctx)
+{
+	return program_began();
 }
 #endif

@@ -34,6 +34,7 @@ PARTS: dict[int, tuple[str, ...]] = {
         "ebfw_ssl_read_ex",
         "ebfw_ssl_read_return",
         "ebfw_ssl_free",
+        "ebfw_exec",
     ),
     2: ("ebfw_egress",),
 }
