@@ -50,21 +50,22 @@ COVERAGE: dict[str, str] = {
     UNKNOWN: "the process was gone before it was looked at: requests may have been missed",
 }
 
-# What is called with (connection, buffer, size) and returns how many bytes: program at the entry, program at the
-# return. In the order in which they are probed: the first request may come within milliseconds.
-_WRITE: tuple[str, str] = ("ssl_write", "")
-_READ: tuple[str, str] = ("ssl_read", "ssl_read_return")
-FUNCTIONS: dict[bytes, tuple[str, str]] = {
-    b"SSL_write": _WRITE,
-    b"SSL_write_ex": _WRITE,
-    b"SSL_read": _READ,
-    b"SSL_read_ex": _READ,
-    b"gnutls_record_send": _WRITE,
-    b"gnutls_record_recv": _READ,
+# Function -> what runs there: program, and whether where the function returns. In the order in which they are probed:
+# the first request may come within milliseconds.
+FUNCTIONS: dict[bytes, tuple[tuple[str, bool], ...]] = {
+    b"SSL_write": (("ssl_write", False),),
+    b"SSL_write_ex": (("ssl_write", False),),
+    b"SSL_read": (("ssl_read", False), ("ssl_read_return", True)),
+    b"SSL_read_ex": (("ssl_read_ex", False), ("ssl_read_return", True)),
+    b"SSL_free": (("ssl_free", False),),
+    # The same arguments and results as OpenSSL's
+    b"gnutls_record_send": (("ssl_write", False),),
+    b"gnutls_record_recv": (("ssl_read", False), ("ssl_read_return", True)),
+    b"gnutls_deinit": (("ssl_free", False),),
 }
 _MARK = b"SSL_CTX_set_grease_enabled"  # BoringSSL has it, OpenSSL has not
-_GO_WRITE, _GO_READ = b"crypto/tls.(*Conn).Write", b"crypto/tls.(*Conn).Read"
-_GO_WRITE_PROGRAM, _GO_READ_PROGRAM, _GO_READ_RETURN_PROGRAM = "go_write", "go_read", "go_read_return"
+_SENDS = {b"SSL_write", b"gnutls_record_send"}  # without one of them a file has nothing for us
+_GO_WRITE, _GO_READ, _GO_CLOSE = b"crypto/tls.(*Conn).Write", b"crypto/tls.(*Conn).Read", b"crypto/tls.(*Conn).Close"
 
 _LIBSSL = re.compile(r"/libssl[^/]*\.so[^/]*$")
 _SYSTEM = re.compile(r"/lib(ssl|gnutls)\.so[.0-9]*$")
@@ -196,12 +197,12 @@ class TlsLibraries:
             elf = Elf(fd)
             (function,) = found.later
             points = [
-                Point(_GO_READ_RETURN_PROGRAM, function.offset + at)
+                Point("go_read_return", function.offset + at)
                 for at in returns.find([elf.read(function.offset, function.size)])[0]
             ]
             if points:
                 # A read that is seen to begin and not to end would be paired with the next one's end.
-                points.append(Point(_GO_READ_PROGRAM, function.offset))
+                points.append(Point("go_read", function.offset))
                 self._put(fds, fd, tuple(points))
             else:
                 losses.add("attribution", "go_returns_unknown")
@@ -269,30 +270,32 @@ def examine(fd: int, name: str, programs: Mapping[str, int]) -> Found:
     if "libgnutls-openssl" in name:  # SSL_write there is a wrapper: libgnutls would tell the same once more
         return Found(NONE, ())
     if not symbols:
-        found = golang.functions(elf, (_GO_WRITE, _GO_READ))
+        found = golang.functions(elf, (_GO_WRITE, _GO_READ, _GO_CLOSE))
         if found is not None:
             return _go(found, programs)
         symbols = elf.listed(wanted)
-    points = []
-    for function, (at_entry, at_return) in FUNCTIONS.items():
-        if function in symbols:
-            points += [Point(program, symbols[function], returning) for program, returning in (
-                (at_entry, False), (at_return, True)
-            ) if program in programs]  # fmt: skip
-    if not points:
+    if not symbols.keys() & _SENDS:
         return Found(NONE, ())
+    points = tuple(
+        Point(program, symbols[function], at_return)
+        for function, probes in FUNCTIONS.items()
+        for program, at_return in probes
+        if function in symbols and program in programs
+    )
     if b"gnutls_record_send" in symbols:
-        return Found(GNUTLS, tuple(points))
+        return Found(GNUTLS, points)
     if _MARK in symbols:
-        return Found(BORINGSSL, tuple(points))
-    return Found(OPENSSL if _LIBSSL.search(name) else STATIC, tuple(points))
+        return Found(BORINGSSL, points)
+    return Found(OPENSSL if _LIBSSL.search(name) else STATIC, points)
 
 
 def _go(found: dict[bytes, golang.Function], programs: Mapping[str, int]) -> Found:
-    if _GO_WRITE not in found or _GO_WRITE_PROGRAM not in programs:
+    if _GO_WRITE not in found or "go_write" not in programs:
         return Found(NONE, ())
-    later = (found[_GO_READ],) if _GO_READ in found and _GO_READ_PROGRAM in programs else ()
-    return Found(GO, (Point(_GO_WRITE_PROGRAM, found[_GO_WRITE].offset),), later)
+    points = [Point("go_write", found[_GO_WRITE].offset)]
+    if _GO_CLOSE in found:
+        points.append(Point("go_close", found[_GO_CLOSE].offset))
+    return Found(GO, tuple(points), (found[_GO_READ],) if _GO_READ in found else ())
 
 
 @contextmanager
