@@ -14,7 +14,7 @@ from typing import IO
 
 from exporter.errors import EbfwError
 from exporter.kernel import bpf, build, maps, pins
-from exporter.kernel.probes import EXEC_PROBE, PROBES, TLS_PROBES, load
+from exporter.kernel.probes import EXEC_PROBE, GO_PROBES, PROBES, TLS_PROBES, load
 from exporter.kernel.tls_libraries import COVERAGE
 
 
@@ -92,7 +92,7 @@ def _try_programs(r: _Report, fds: dict[str, int], flows: int, ring: int) -> Non
         except EbfwError as error:
             r.line(probe.name, False, f"without it: {probe.lost}. {error}", probe.needed)
     try:
-        for probe in TLS_PROBES:
+        for probe in (*TLS_PROBES, *GO_PROBES):
             os.close(load(probe, code, fds))
         r.line("tls uprobes", *_uprobe_possible())
     except EbfwError as error:

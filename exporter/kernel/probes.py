@@ -48,8 +48,16 @@ TLS_PROBES = tuple(
     Probe(name, bpf.KPROBE, bpf.UPROBE_MULTI, "HTTP requests inside TLS")
     for name in ("ssl_write", "ssl_read", "ssl_read_ex", "ssl_read_return", "ssl_free")
 )
+GO_PROBES = tuple(
+    Probe(name, bpf.KPROBE, bpf.UPROBE_MULTI, "HTTP requests inside TLS of Go programs")
+    for name in ("go_write", "go_read", "go_read_return", "go_close")
+)
 EXEC_PROBE = Probe("exec", bpf.RAW_TRACEPOINT, 0, "TLS libraries of processes that live a few seconds")
-UNLINKED: dict[str, tuple[Probe, ...]] = {"tls_uprobes": TLS_PROBES, "exec": (EXEC_PROBE,)}
+UNLINKED: dict[str, tuple[Probe, ...]] = {
+    "tls_uprobes": TLS_PROBES,
+    "tls_uprobes_go": GO_PROBES,
+    "exec": (EXEC_PROBE,),
+}
 
 _SCOPES: tuple[tuple[str, str], ...] = (
     ("127.0.0.0/8", "loopback"),

@@ -8,6 +8,7 @@ subtree and reports no other (bpf/tls.h). Not its job: which processes there are
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import resource
@@ -22,6 +23,8 @@ from typing import NamedTuple
 from exporter.health import features, losses
 from exporter.kernel import bpf, golang, returns
 from exporter.kernel.elf import Elf, Malformed
+
+log = logging.getLogger("ebfw.tls")
 
 FILES = 256  # probed at once
 _REMEMBERED = 1024  # files that were examined; an examination takes a millisecond, a Go binary's 100
@@ -135,7 +138,7 @@ class TlsLibraries:
                     return None, found.coverage
                 if file in self._refused:
                     return file, UNPROBED
-                return file, self._attach(file, fd, found, keep)
+                return file, self._attach(file, fd, found, keep, name)
         except (OSError, Malformed):
             if "ssl" in name or "gnutls" in name:
                 losses.add("attribution", "tls_library_unreadable")
@@ -149,7 +152,7 @@ class TlsLibraries:
                 self._known.popitem(last=False)
         return found
 
-    def _attach(self, file: File, fd: int, found: Found, keep: bool) -> str:
+    def _attach(self, file: File, fd: int, found: Found, keep: bool, name: str) -> str:
         if len(self._probed) >= FILES and not self._make_room():
             losses.add("table", "tls_libraries_full")
             return UNPROBED
@@ -168,7 +171,9 @@ class TlsLibraries:
         self._probed[file] = probed = _Probed(found.coverage, fds, keep)
         features.set("tls_uprobes", True, "")
         if found.later:
-            self._slow.submit(self._attach_returns, file, probed, os.dup(fd), found)
+            self._slow.submit(self._attach_returns, file, probed, os.dup(fd), found, name)
+        else:
+            log.debug("probes are on %s (%s)", name, found.coverage)
         return found.coverage
 
     def _put(self, fds: list[int], fd: int, points: tuple[Point, ...]) -> None:
@@ -190,7 +195,7 @@ class TlsLibraries:
                     self._multi = False  # the kernel's fault: the place is good enough for a perf event
             fds.extend(bpf.uprobe(self._programs[program], path, offset, at_return) for offset in offsets)
 
-    def _attach_returns(self, file: File, probed: _Probed, fd: int, found: Found) -> None:
+    def _attach_returns(self, file: File, probed: _Probed, fd: int, found: Found, name: str) -> None:
         """In the helper thread: a child process finds out where Go's Read returns."""
         fds: list[int] = []
         try:
@@ -214,6 +219,7 @@ class TlsLibraries:
             os.close(fd)
         if self._probed.get(file) is probed:
             probed.fds += fds
+            log.debug("probes are on %s (%s)", name, found.coverage)
         else:
             _close(fds)
 

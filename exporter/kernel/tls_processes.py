@@ -260,8 +260,6 @@ class TlsProcesses:
             file, coverage = self.libraries.examine(f"/proc/{pid}/map_files/{span.decode()}", name)
         if file is None and not os.path.exists(f"/proc/{pid}/map_files/{span.decode()}"):
             return file, coverage  # it ended meanwhile: the file may be looked at in another process
-        if file is not None:
-            log.debug("probes for %s (%s)", name, coverage)
         # A file with probes is asked for each time: TlsLibraries may have dropped it, and finds it by a dictionary.
         if coverage == NONE:
             self._mappings[key] = (time.monotonic() + _MAPPING_SECONDS, file, coverage)
