@@ -22,6 +22,12 @@ struct registers {
 #define ARGUMENT3(regs) ((regs)->dx)
 #define ARGUMENT4(regs) ((regs)->cx)
 #define RESULT(regs) ((regs)->ax)
+/* Go passes arguments and results in registers of its own choice (internal ABI, since 1.17), and keeps the goroutine
+ * in one: it may go on in another thread, so that a call is known by it. */
+#define GO_ARGUMENT1(regs) ((regs)->ax)
+#define GO_ARGUMENT2(regs) ((regs)->bx)
+#define GO_ARGUMENT3(regs) ((regs)->cx)
+#define GOROUTINE(regs) ((regs)->r14)
 #elif defined(EBFW_ARCH_AARCH64)
 struct registers {
 	u64 regs[31];
@@ -31,6 +37,10 @@ struct registers {
 #define ARGUMENT3(regs) ((regs)->regs[2])
 #define ARGUMENT4(regs) ((regs)->regs[3])
 #define RESULT(regs) ((regs)->regs[0])
+#define GO_ARGUMENT1(regs) ((regs)->regs[0])
+#define GO_ARGUMENT2(regs) ((regs)->regs[1])
+#define GO_ARGUMENT3(regs) ((regs)->regs[2])
+#define GOROUTINE(regs) ((regs)->regs[28])
 #else
 #error "TLS probes know the registers of x86-64 and arm64 only"
 #endif
@@ -152,10 +162,16 @@ INLINE void tls_sends(u64 connection, u64 data, u64 n)
 	ship_user(stream, RECORD_TLS_WRITE, data, n, ROOM_HUGE);
 }
 
-/* An application asks for what a TLS connection has received; nothing is there before it returns. */
-INLINE void tls_asks(u64 connection, u64 buffer, u64 count_at)
+/* A goroutine among all threads: where it is described lies below 2^42, and numbers of processes below 2^22. */
+INLINE u64 goroutine(u64 address)
 {
-	u64 thread = bpf_get_current_pid_tgid();
+	return (bpf_get_current_pid_tgid() >> 32 << 42) ^ address;
+}
+
+/* An application asks for what a TLS connection has received; nothing is there before it returns. `thread`: what the
+ * call and its return have in common. */
+INLINE void tls_asks(u64 thread, u64 connection, u64 buffer, u64 count_at)
+{
 	struct tls_call call = {.connection = connection, .buffer = buffer, .count_at = count_at};
 
 	/* only connections that have sent a request have a stream */
@@ -196,9 +212,9 @@ INLINE void tls_receives(u64 connection, u64 data, u64 n)
 }
 
 /* A call to read returns `result`: how much was read or, where count_at is set, 1. */
-INLINE void tls_read_returns(u64 result)
+INLINE void tls_read_returns(u64 thread, u64 result)
 {
-	u64 thread = bpf_get_current_pid_tgid(), n = result;
+	u64 n = result;
 	struct tls_call *found = bpf_map_lookup_elem(MAP(TLS_CALLS), &thread), call;
 
 	if (!found)

@@ -34,6 +34,11 @@ PARTS: dict[int, tuple[str, ...]] = {
         "ebfw_ssl_read_ex",
         "ebfw_ssl_read_return",
         "ebfw_ssl_free",
+        "ebfw_go_write",
+        "ebfw_go_read",
+        "ebfw_go_read_return",
+        "ebfw_go_close",
+        "ebfw_exec",
     ),
     2: ("ebfw_egress",),
 }
