@@ -272,11 +272,12 @@ struct tls_stream {
 	__u32 pad;
 };
 
-/* A read that has not returned, by thread. */
+/* A call that has not returned, by thread and direction, or by goroutine. */
 struct tls_call {
 	__u64 connection;
 	__u64 buffer;
-	__u64 count_at; /* where the library says how much it read; 0: it returns that */
+	__u64 count_at; /* read: where the library says how much it read; 0: it returns that. write: how many bytes */
+	__u64 time_ns;  /* write: when it was called */
 };
 
 /*

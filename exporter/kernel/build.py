@@ -30,6 +30,7 @@ PARTS: dict[int, tuple[str, ...]] = {
         "ebfw_ingress",
         "ebfw_release",
         "ebfw_ssl_write",
+        "ebfw_ssl_write_return",
         "ebfw_ssl_read",
         "ebfw_ssl_read_ex",
         "ebfw_ssl_read_return",

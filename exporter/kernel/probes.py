@@ -46,7 +46,7 @@ PROBES = (
 # Linux 6.6; older kernels load the programs all the same.
 TLS_PROBES = tuple(
     Probe(name, bpf.KPROBE, bpf.UPROBE_MULTI, "HTTP requests inside TLS")
-    for name in ("ssl_write", "ssl_read", "ssl_read_ex", "ssl_read_return", "ssl_free")
+    for name in ("ssl_write", "ssl_write_return", "ssl_read", "ssl_read_ex", "ssl_read_return", "ssl_free")
 )
 GO_PROBES = tuple(
     Probe(name, bpf.KPROBE, bpf.UPROBE_MULTI, "HTTP requests inside TLS of Go programs")

@@ -53,17 +53,19 @@ COVERAGE: dict[str, str] = {
     UNKNOWN: "the process was gone before it was looked at: requests may have been missed",
 }
 
+_WRITE = (("ssl_write_return", True), ("ssl_write", False))
+_READ = (("ssl_read", False), ("ssl_read_return", True))
 # Function -> what runs there: program, and whether where the function returns. In the order in which they are probed:
 # the first request may come within milliseconds.
 FUNCTIONS: dict[bytes, tuple[tuple[str, bool], ...]] = {
-    b"SSL_write": (("ssl_write", False),),
-    b"SSL_write_ex": (("ssl_write", False),),
-    b"SSL_read": (("ssl_read", False), ("ssl_read_return", True)),
+    b"SSL_write": _WRITE,
+    b"SSL_write_ex": _WRITE,
+    b"SSL_read": _READ,
     b"SSL_read_ex": (("ssl_read_ex", False), ("ssl_read_return", True)),
     b"SSL_free": (("ssl_free", False),),
     # The same arguments and results as OpenSSL's
-    b"gnutls_record_send": (("ssl_write", False),),
-    b"gnutls_record_recv": (("ssl_read", False), ("ssl_read_return", True)),
+    b"gnutls_record_send": _WRITE,
+    b"gnutls_record_recv": _READ,
     b"gnutls_deinit": (("ssl_free", False),),
 }
 _MARK = b"SSL_CTX_set_grease_enabled"  # BoringSSL has it, OpenSSL has not

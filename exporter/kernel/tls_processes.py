@@ -252,13 +252,15 @@ class TlsProcesses:
 
     def _examine(self, pid: int, span: bytes, key: bytes, name: str) -> tuple[File | None, str]:
         device = key.split(b" ")[0]
+        start, end = span.split(b"-")  # maps pads to eight digits, map_files does not
+        path = f"/proc/{pid}/map_files/{int(start, 16):x}-{int(end, 16):x}"
         if device.startswith(b"00:") and self._is_fuse(pid, device):
             # Whoever runs that file system decides when we get an answer, or whether.
             losses.add("attribution", "tls_library_on_fuse")
             file, coverage = None, NONE
         else:
-            file, coverage = self.libraries.examine(f"/proc/{pid}/map_files/{span.decode()}", name)
-        if file is None and not os.path.exists(f"/proc/{pid}/map_files/{span.decode()}"):
+            file, coverage = self.libraries.examine(path, name)
+        if file is None and not os.path.lexists(path):
             return file, coverage  # it ended meanwhile: the file may be looked at in another process
         # A file with probes is asked for each time: TlsLibraries may have dropped it, and finds it by a dictionary.
         if coverage == NONE:
