@@ -430,6 +430,7 @@ ATTRIBUTES: Final = (
         (DNS_SEARCH_EXPANSION, "boolean", "a name of the resolver's search list that led nowhere: no failure"),
         (TLS_GROUP, "string", "the group of the key exchange that the server took; TLS 1.3"),
         (TLS_POST_QUANTUM, "boolean", "the client offers a key share that holds against a quantum computer"),
+        (TLS_COVERAGE, "string", "who encrypts: a class of TLS library, or what ebfw cannot look into"),
         (TLS_JA4, "string", "JA4 fingerprint of the client"),
         (PROXY, "string", "the HTTP proxy through which the server was asked for"),
         (REPEATS, "int", "how many records this one stands for"),
