@@ -134,6 +134,7 @@ class Pipeline:
         self.met: set[int] = set()  # processes of the events since the last tick
         self.hellos: list[int] = []  # and those of the TLS connections among them
         self.next_fold = self.next_housekeeping = 0.0
+        self.filtered: dict[str, int] = {}  # what the kernel did not tell, by kind
         metrics.gauge("ebfw.build.info", 1, version=__version__, kernel=platform.release())
 
     # --- the pipeline ---------------------------------------------------------------------------------------------
@@ -209,9 +210,12 @@ class Pipeline:
                 self.metrics.count("ebfw.tls.connections", connections, coverage=coverage)
         for (stage, cause), total in self.kernel.tallies().items():
             if stage == "filtered":
-                self.metrics.set_total("ebfw.filtered", total, kind=cause)
+                # Some are filtered here, by name, and counted as they are: these come on top.
+                self.metrics.count("ebfw.filtered", total - self.filtered.get(cause, 0), kind=cause)
+                self.filtered[cause] = total
             else:
                 losses.raise_to(stage, cause, total)  # type: ignore[arg-type]  # stages of wire.TALLIES
+        self.metrics.active_requests(self.join.open_requests())
 
     def flow(self, key: maps.FlowKey) -> Flow:
         """A kernel row in words."""

@@ -7,7 +7,7 @@ clock is passed in. Not its job: hiding secrets (redact), counting packets (the 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -326,6 +326,14 @@ class Join:
             proxy=f"{s.peer}:{s.port}" if request.proxied or s.flags & decode.PROXIED else "",
             exchange=exchange,
         )
+
+    def open_requests(self) -> Iterator[tuple[Workload, str, str, int]]:
+        """Requests without the end of their response: (workload, method, scheme, how many)."""
+        counts = Counter(
+            (s.cgroup, request.method, kind) for kind, s, request in self._exchanges.open() if s.role != events.SERVER
+        )
+        for (cgroup, method, kind), count in counts.items():
+            yield self._who(cgroup), method, kind, count  # the kinds are called like the schemes
 
     # --- what never got its other half ----------------------------------------------------------------------------
 
