@@ -364,7 +364,7 @@ def check(settings: Settings) -> int:
     """Say what this host allows, and the size of every map; 0 if the agent can run."""
     root = find_root()
     scope_of(settings, root)
-    return preflight.report(
+    status = preflight.report(
         settings.cgroup,
         root,
         root_problem(root),
@@ -373,3 +373,18 @@ def check(settings: Settings) -> int:
         settings.ring_bytes,
         sys.stdout,
     )
+    _report_series(settings)
+    return status
+
+
+def _report_series(settings: Settings) -> None:
+    """What the agent that runs now, if one does, keeps for Prometheus."""
+    found = prometheus.series_of(*settings.metrics_addr) if settings.metrics_addr and settings.metrics_addr[1] else None
+    if found is None:
+        return
+    print(
+        f"\nseries: {sum(found.values()):,} instruments of workloads; a histogram counts once, its buckets come on top"
+    )
+    for name, count in sorted(found.items(), key=lambda pair: -pair[1]):
+        if count:
+            print(f"  {name:<40} {count:>7,}")
