@@ -19,7 +19,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from exporter import health
 from exporter.emit import semconv as c
@@ -51,7 +51,11 @@ _HTTP_MORE = (IX[c.HTTP_FIRST_BYTE], IX[c.HTTP_REQUEST_SIZE], IX[c.HTTP_RESPONSE
 _OPENED, _CLOSED = Counts._fields.index("opened"), Counts._fields.index("closed")
 _CALL = re.compile(r"/[A-Za-z0-9_.]{1,128}/[A-Za-z0-9_]{1,128}")
 
+# What getaddrinfo tells apart: error.type of most lookups, and of all that found no room.
+_LOOKUP_ERRORS = frozenset(("", "host_not_found", "try_again", "no_recovery", "timeout"))
+
 Trace = tuple[bytes, bytes]  # trace id, span id
+_Series = TypeVar("_Series", Number, Histogram)
 
 
 class Metrics:
@@ -157,7 +161,7 @@ class Metrics:
 
     def observe_all(self, events: Sequence[Event]) -> None:
         """Count events, and put their durations, sizes and round-trip times into the histograms. Some hundred at a
-        time: about 0.5 us an event, of which the lock would be a third for one."""
+        time: 0.7 us an event, where a call for each takes 1.9 us."""
         misses = 0
         with self._lock:
             store = self._store
@@ -285,6 +289,7 @@ class Metrics:
         """Set a gauge of all workloads: (workload, values as in count_for, value); rows with the same series add up.
         Series that are not named are 0 from now on, and expire."""
         index = IX[metric]
+        rows = list(rows)  # whatever it takes to make them: not with the lock
         with self._lock:
             sums: dict[int, tuple[Number, float]] = {}
             for workload, values, value in rows:
@@ -358,16 +363,21 @@ class Metrics:
 
     # --- inside; the lock is held ---------------------------------------------------------------------------
 
-    def _find(self, known: Known, event: Event, key: tuple[Any, ...] | None = None) -> Histogram:
+    def _find(self, known: Known, event: Event, key: tuple[Any, ...]) -> Histogram:
         """The histogram of the event's duration (or RTT); from now on `key` leads there."""
-        (index, values), *_ = self._shown(event)
-        histogram = self._store.series(known.state, index, values, (c.OTHER, *values[1:3]) if index == _DNS else ())
-        if key is not None:
-            if len(known.fast) >= _LABEL_SETS:
-                known.fast.clear()
-            known.fast[key] = histogram
-        assert isinstance(histogram, Histogram)
-        return histogram
+        index, values = self._shown(event)[0]
+        fold: tuple[Value, ...] = ()
+        if index == _DNS:
+            error, expansion = values[1:3]
+            fold = (c.OTHER, error if error in _LOOKUP_ERRORS else "_OTHER", expansion)
+        found: Histogram = self._store.series(known.state, index, values, fold)
+        return self._remember(known, key, found)
+
+    def _remember(self, known: Known, key: tuple[Any, ...], found: _Series) -> _Series:
+        if len(known.fast) >= _LABEL_SETS:
+            known.fast.clear()
+        known.fast[key] = found
+        return found
 
     def _shown(self, event: Event) -> list[tuple[int, tuple[Value, ...]]]:
         """Where the event's duration (or RTT) goes: instrument and values of its attributes. The first always."""
@@ -408,15 +418,14 @@ class Metrics:
 
     def _beside_request(self, known: Known, event: Event, exchange: Exchange, key: tuple[Any, ...]) -> None:
         """What a request has beside its duration: the gRPC call, time to first byte, sizes."""
-        state, now = known.state, self._store.now
+        state = known.state
         if exchange.grpc_status is not None and event.duration is not None:
             call = ("rpc", event.path, exchange.grpc_status, *key)
             histogram = known.fast.get(call)
             if histogram is None:
                 index, values = self._shown(event)[1]
-                histogram = known.fast[call] = self._store.series(state, index, values)
-            histogram.record(event.duration / 1e9)
-            histogram.last = state.last = now
+                histogram = self._remember(known, call, self._store.series(state, index, values))
+            self._record(histogram, event, event.duration / 1e9)
         for index in self._more:
             value: float | None
             if index == IX[c.HTTP_FIRST_BYTE]:
@@ -426,23 +435,29 @@ class Metrics:
             if value is not None:
                 histogram = known.fast.get((index, *key))
                 if histogram is None:
-                    histogram = known.fast[index, *key] = self._store.series(state, index, self._shown(event)[0][1])
-                histogram.record(value)
-                histogram.last = state.last = now
+                    values = self._shown(event)[0][1]
+                    histogram = self._remember(known, (index, *key), self._store.series(state, index, values))
+                self._record(histogram, event, value)
 
     def _handshakes(self, known: Known, made: tuple[Any, ...]) -> Number:
         transport, quic, version, group, post_quantum, alert, ja4 = made
         values: tuple[Value, ...] = ("quic" if quic else transport, version, group, post_quantum, alert)
-        number = self._store.series(known.state, _HANDSHAKES, (*values, ja4) if self._ja4 else values)
-        assert isinstance(number, Number)
-        if number.key:  # each of those in the overflow is counted as such
-            known.fast[made if self._ja4 else made[:-1]] = number
-        return number
+        number: Number = self._store.series(known.state, _HANDSHAKES, (*values, ja4) if self._ja4 else values)
+        # Each of those in the overflow is to be counted as such.
+        return self._remember(known, made if self._ja4 else made[:-1], number) if number.key else number
 
-    def _beside(self, histogram: Histogram, event: Event, seconds: float) -> None:
-        histogram.beside(seconds)
+    def _record(self, histogram: Histogram, event: Event, value: float) -> None:
+        """What the end of observe_all() does, in the metric's unit."""
+        histogram.cells[bisect_left(histogram.bounds, value)] += 1
+        histogram.cells[-1] += value
+        histogram.last = self._store.now
+        if histogram.extra:
+            self._beside(histogram, event, value)
+
+    def _beside(self, histogram: Histogram, event: Event, value: float) -> None:
+        histogram.beside(value)
         if self._store.exemplars == ALWAYS_ON:
-            histogram.exemplify(Exemplar(seconds, event.time + (event.duration or 0)))
+            histogram.exemplify(Exemplar(value, event.time + (event.duration or 0)))
 
 
 def _chosen(variable: str, names: Iterable[str], known: set[str]) -> frozenset[str]:
