@@ -8,9 +8,11 @@ wait for neither. Libraries are mapped after a program has begun, by its loader 
 at again and again, at growing distances. Looking costs about a microsecond for each line of /proc/PID/maps; it may
 take a twentieth of a core, and waits where it would take more.
 
-Processes that live 100 ms: the first look comes 0.1 ms after execve, and probes on a library that was never seen are
-in force 10 to 25 ms after the loader has mapped it (uprobe_multi; with perf events, before Linux 6.6, 50 to 100 ms).
-What is probed stays so while anybody maps it, so only the first short process of its kind may go unseen.
+Processes that live 100 ms: the first look comes a millisecond after execve, and probes on a library that was never
+seen are in force some 10 ms after the loader has mapped it (before Linux 6.6, with perf events, about 100 ms). What is
+probed stays so while anybody maps it and a few seconds longer, so only the first short process of its kind may go
+unseen: of twelve curls with a library each, one request each, nine were seen here. 1,000 processes cost 0.3 % of a
+core.
 """
 
 from __future__ import annotations
@@ -207,7 +209,8 @@ class TlsProcesses:
             self._look(pid, process)
             looked += 1
             if not process.gone:
-                distance = _DISTANCES[min(process.step, len(_DISTANCES) - 1)]
+                # A little more for some, so that those that were found together do not stay together.
+                distance = _DISTANCES[min(process.step, len(_DISTANCES) - 1)] * (1 + (pid & 15) / 32)
                 process.step += 1
                 self._schedule(pid, process, time.monotonic() + distance)
             if looked % 16 == 0:
@@ -241,7 +244,7 @@ class TlsProcesses:
             if _RANK[known[2]] < _RANK[coverage]:
                 coverage = known[2]
         # What calls itself so first: its process may be about to use it.
-        new.sort(key=lambda row: b"ssl" not in row[2] and b"gnutls" not in row[2])
+        new.sort(key=lambda row: 0 if b"ssl" in row[2] else 1 if b"gnutls" in row[2] else 2)
         for span, key, name in new:
             file, found = self._examine(pid, span, key, name.decode("utf-8", "surrogateescape"))
             if file is not None:
