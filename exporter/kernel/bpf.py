@@ -373,8 +373,8 @@ def raw_tracepoint(program: int, name: str) -> int:
 
 def uprobe_multi(program: int, path: str, offsets: Sequence[int], at_return: bool = False) -> int:
     """Put a uprobe on several offsets of a file, for all processes, and run the program there; since Linux 6.6, and
-    for programs that were loaded for it (UPROBE_MULTI). Closing the descriptor takes the probes away. About 5 ms
-    however many the offsets are, where perf events take 5 to 50 ms each, and twice that to go."""
+    for programs that were loaded for it (UPROBE_MULTI). Closing the descriptor takes the probes away. Several
+    in a row take about 10 ms, whatever the number of offsets, and perf events 10 to 50 ms each."""
     name, where = _path(path), (ctypes.c_uint64 * len(offsets))(*offsets)
     attributes = struct.pack(
         "<IIIIQQQQIIII",
