@@ -169,7 +169,7 @@ def _histogram_attributes(key: tuple[Any, ...]) -> Attributes:
     names, values = _HISTOGRAM_KEYS[key[0]], key[1:]
     if not values:
         return _OVERFLOW
-    return tuple((name, value) for name, value in zip(names, values, strict=True) if value)
+    return tuple((name, value) for name, value in zip(names, values, strict=False) if value)
 
 
 class Gone(NamedTuple):
