@@ -69,6 +69,8 @@ class Exchange(NamedTuple):
     traceparent: str = ""  # as the application sent it; "" unless valid (W3C Trace Context)
     sequence: int = 0  # the how-manieth request of its connection, from 1; 0 = not known
     partial: str = ""  # midway | lost: the connection is older than the agent, or a part of it was not seen
+    tracestate: str = ""  # as the application sent it beside a valid traceparent
+    server_port: int = 0  # of the server that was asked, where a proxy stands between; 0 = the peer's
 
 
 class Tls(NamedTuple):
