@@ -20,10 +20,12 @@ from exporter import __version__, heap
 from exporter.decode import address, decode, transport
 from exporter.emit import prometheus
 from exporter.emit.console import Console
+from exporter.emit.instrumented import Instrumented, own_cgroup
 from exporter.emit.metrics import Metrics
 from exporter.emit.otlp import Otlp
 from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
+from exporter.emit.setup import Setups
 from exporter.enrich import ContainerNames, HiddenNames, Names, Workloads, find_root, root_problem
 from exporter.errors import SettingsError
 from exporter.events import Counts, Event, Flow
@@ -40,6 +42,7 @@ TICK = 0.2  # the ring is drained so often; nobody wakes us but a ring that fill
 FOLD_SECONDS = 5.0  # counters are read at least so often, and whenever somebody asks for metrics
 REFRESH_SECONDS = 1.0  # who asks waits no longer than this
 HOUSEKEEPING_SECONDS = 5.0
+CLOCK_SECONDS = 1.0  # the wall clock is set while we run
 BATCH = 256  # records in one step of the pipeline,
 RECORDS = 100_000  # and until the pipeline looks at anything else
 NEW_PROCESSES = 64  # looked at for TLS libraries in one tick
@@ -110,6 +113,8 @@ class Pipeline:
         )
         self.redaction = Options.of(settings)
         self.console = Console(sys.stdout, settings.output, settings.colour, settings.node_name)
+        self.instrumented = Instrumented(settings.instrumented)
+        self.own_cgroup = own_cgroup(root)
         self.otlp = Otlp(
             settings.otel,
             resources,
@@ -117,6 +122,9 @@ class Pipeline:
             version=__version__,
             spans_per_second=settings.spans_per_second,
             logs=settings.logs,
+            setups=Setups(settings.connection_spans, settings.slow_connection_ms * 1_000_000),
+            instrumented=self.instrumented,
+            headers=settings.allowed_headers,
         )
         self.libraries = self._tls_libraries(settings, root)
         self.alive = {workload.cgroup_id: workload for workload in self.workloads.live()}
@@ -126,7 +134,7 @@ class Pipeline:
         self.watching = True
         self.met: set[int] = set()  # pids of the events since the last look
         self.looked_at: set[int] = set()
-        self.next_fold = self.next_housekeeping = 0.0
+        self.next_fold = self.next_housekeeping = self.next_clock = 0.0
         metrics.gauge("ebfw.build.info", 1, version=__version__, kernel=platform.release())
 
     # --- the pipeline ---------------------------------------------------------------------------------------------
@@ -145,6 +153,7 @@ class Pipeline:
     def tell(self, events: list[Event]) -> None:
         """Events to every way out, their secrets hidden."""
         observe, write, emit, options = self.metrics.observe, self.console.write, self.otlp.emit, self.redaction
+        events = self.instrumented.take(events)
         for event in events:
             observe(event)
         events = [event for event in events if not event.filtered]
@@ -172,6 +181,9 @@ class Pipeline:
             self.drain()
             self._look_at_processes()
             now = time.monotonic()
+            if now >= self.next_clock:
+                self.next_clock = now + CLOCK_SECONDS
+                self.clock.set()
             if now >= self.next_fold or self.refresh_wanted.is_set():
                 self.refresh_wanted.clear()
                 self.next_fold = now + FOLD_SECONDS
@@ -196,7 +208,11 @@ class Pipeline:
         """Move by how much the kernel's counters moved into the metrics."""
         now = time.monotonic()
         for row in self.kernel.flow_table.read(now, self.clock.started):
-            self.metrics.add(self.flow(row.key), Counts._make(row.delta), self.clock.wall(row.since_ns))
+            if row.key.cgroup == self.own_cgroup:
+                continue
+            flow = self.flow(row.key)
+            self.instrumented.flow(flow)
+            self.metrics.add(flow, Counts._make(row.delta), self.clock.wall(row.since_ns))
         for (stage, cause), total in self.kernel.tallies().items():
             if stage == "filtered":
                 self.metrics.set_total("ebfw.filtered", total, kind=cause)
@@ -227,7 +243,6 @@ class Pipeline:
 
     def keep_house(self, now: float) -> None:
         """What is over is forgotten; what is new is found; the agent's own numbers."""
-        self.clock.set()
         self._look_after_cgroup()
         self.names.expire(time.monotonic_ns())
         table = self.kernel.flow_table
@@ -261,11 +276,13 @@ class Pipeline:
         return libraries
 
     def _look_at_processes(self) -> None:
-        """Processes that we have not met: the TLS library of one may have no probe yet. A few at a time: a storm of
+        """Processes that we have not met: the TLS library of one may have no probe yet, and it may say what its
+        workload is called. A few at a time: a storm of
         short ones must not hold up the ring, and what is not looked at now is found by the next scan."""
         new, self.met = self.met - self.looked_at - {0}, set()
         for pid in list(new)[:NEW_PROCESSES]:
             self.looked_at.add(pid)
+            self.workloads.look_at(pid)
             if self.libraries is not None:
                 self.libraries.look_at(pid)
 
@@ -297,8 +314,13 @@ class Clock:
         self.set()
 
     def set(self) -> None:
-        """Read the offset again."""
-        self._offset = time.time_ns() - time.monotonic_ns()
+        """Read the offset again. Of a few readings the one that took least: between the two clocks we may have had to
+        wait for the CPU."""
+        readings = []
+        for _ in range(3):
+            before, wall, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+            readings.append((after - before, wall - (before + after) // 2))
+        self._offset = min(readings)[1]
 
     def wall(self, monotonic: int) -> int:
         """Nanoseconds since the epoch."""

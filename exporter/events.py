@@ -53,6 +53,7 @@ class Workload(NamedTuple):
     pod_name: str = ""
     namespace: str = ""
     container_name: str = ""
+    given: tuple[tuple[str, str], ...] = ()  # resource attributes that the workload was started with (OTEL_*)
 
 
 class Exchange(NamedTuple):

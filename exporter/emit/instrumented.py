@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from exporter.events import CONNECT, HTTP, HTTPS, SERVER, Event, Flow, Workload
@@ -21,6 +22,7 @@ SKIP, ADD = "skip", "add"
 SECONDS = 3600.0
 _WORKLOADS = 4096
 _PORTS = (4317, 4318)
+_TELLING = frozenset((CONNECT, HTTP, HTTPS))
 _SERVICE = "/opentelemetry.proto.collector."
 # The kernel's names of Collectors, cut to 15 bytes as they are: they send what others made.
 _COLLECTORS = ("otelcol", "otelcontribcol", "otelcorecol")
@@ -45,6 +47,18 @@ class Instrumented:
 
     def __len__(self) -> int:
         return len(self._seen)
+
+    def take(self, events: list[Event]) -> list[Event]:
+        """Learn from the events; those that are not our own."""
+        pid, own = self._pid, self._own
+        kept = []
+        for event in events:
+            if (event.pid == pid or (own and event.cookie in own)) and self.own(event):
+                continue
+            if event.kind in _TELLING:
+                self.observe(event)
+            kept.append(event)
+        return kept
 
     def own(self, event: Event) -> bool:
         """Whether it is the agent's own doing, which is never told. Also learns which sockets are ours."""
@@ -115,3 +129,17 @@ class Instrumented:
         if seen is None and len(self._seen) >= _WORKLOADS:
             del self._seen[next(iter(self._seen))]
         return seen or _Seen()
+
+
+def own_cgroup(root: Path, proc: Path = Path("/proc/self"), pid: int = os.getpid()) -> int:
+    """The id of our own cgroup, if nobody else is in it: then all its traffic is ours. 0 where others are, and where
+    it cannot be told."""
+    try:
+        lines = (proc / "cgroup").read_text().splitlines()
+        path = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+        folder = root / path
+        if not path or (folder / "cgroup.procs").read_text().split() != [str(pid)]:
+            return 0
+        return os.stat(folder).st_ino
+    except (OSError, StopIteration):
+        return 0

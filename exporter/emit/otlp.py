@@ -76,7 +76,7 @@ class Otlp:
         self._notable = Notable(logs)
         self._setups = Setups() if setups is None else setups
         self._instrumented = Instrumented() if instrumented is None else instrumented
-        self._template, self._headers = template, headers | settings.headers
+        self._template, self._headers = template, headers
         self._spans: _Queue[Request | Setup] | None = None
         self._logs: _Queue[Note] | None = None
         self._sampler = sampler = settings.sampler

@@ -171,7 +171,6 @@ class Settings:
     sampler: Sampler = _UNSET
     span_limits: Limits = Limits()
     record_limits: Limits = Limits()
-    headers: frozenset[str] = frozenset()
 
     @property
     def delta(self) -> bool:
@@ -206,13 +205,7 @@ def load(environ: Mapping[str, str]) -> Settings:
         sampler=_sampler(env),
         span_limits=_limits(env, "OTEL_SPAN_"),
         record_limits=_limits(env, "OTEL_LOGRECORD_"),
-        headers=header_names(env.get("OTEL_INSTRUMENTATION_HTTP_CLIENT_CAPTURE_REQUEST_HEADERS", "")),
     )
-
-
-def header_names(text: str) -> frozenset[str]:
-    """Names with commas between, in lower case."""
-    return frozenset(word.strip().lower() for word in text.split(",") if word.strip())
 
 
 def _endpoint(env: Mapping[str, str], signal: Signal, limit: str) -> Endpoint | None:

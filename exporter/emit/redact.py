@@ -29,23 +29,40 @@ class Options(NamedTuple):
     paths: bool = True
     headers: bool = False
     query_values: frozenset[str] = frozenset()  # parameter names, lower case, whose values stay
+    allowed: frozenset[str] = frozenset()  # header names, lower case, that stay where `headers` is off
 
     @classmethod
     def of(cls, settings: Settings) -> Options:
-        return cls(settings.inspect_paths, settings.inspect_headers, settings.query_values)
+        return cls(settings.inspect_paths, settings.inspect_headers, settings.query_values, settings.allowed_headers)
 
 
 def redact(event: Event, options: Options) -> Event:
     """`event` without secrets; the same object if there are none. About 0.5 us for events without path and
     headers, under 1 us for plain paths."""
-    path, headers, domain = event.path, event.headers, event.domain
+    path, headers, domain, exchange = event.path, event.headers, event.domain, event.exchange
+    if (
+        exchange is not None
+        and exchange.tracestate
+        and (state := _tracestate(exchange.tracestate)) != exchange.tracestate
+    ):
+        event = event._replace(exchange=exchange._replace(tracestate=state))
     if not path and not headers and "@" not in domain:
         return event
     new_path = target(path, options) if options.paths else ""
-    new_headers = _headers(headers, options) if headers and options.headers else ()
+    new_headers = _headers(headers, options) if headers else ()
     if new_path == path and new_headers == headers and "@" not in domain:
         return event
     return event._replace(path=new_path, headers=new_headers, domain=domain.rpartition("@")[2])
+
+
+def _tracestate(text: str) -> str:
+    """The members that hold nothing that looks like a secret (W3C Trace Context section 3.3: vendors put there what
+    they like)."""
+    return ",".join(
+        member
+        for member in text.split(",")
+        if not secret(member) and not any(secret(word) for word in re.split(r"[=:;~]", member))
+    )
 
 
 # --- request targets and URLs -------------------------------------------------------------------------------
@@ -267,7 +284,11 @@ _WORDS = re.compile(r"[^\s,;\"'<>()]+")
 
 
 def _headers(headers: tuple[tuple[str, str], ...], options: Options) -> tuple[tuple[str, str], ...]:
-    return tuple((name, _value(name, value, options)) for name, value in headers)
+    return tuple(
+        (name, _value(name, value, options))
+        for name, value in headers
+        if options.headers or name.lower() in options.allowed
+    )
 
 
 def _value(name: str, value: str, options: Options) -> str:
