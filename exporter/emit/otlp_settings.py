@@ -177,6 +177,14 @@ class Settings:
         return self.temporality != "cumulative"
 
     @property
+    def lowmemory(self) -> bool:
+        return self.temporality == "lowmemory"
+
+    @property
+    def exponential(self) -> bool:
+        return self.histograms == EXPONENTIAL
+
+    @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         return tuple(found for found in (self.traces, self.metrics, self.logs) if found)
 
