@@ -247,6 +247,9 @@ def _endpoint(env: Mapping[str, str], signal: Signal, limit: str) -> Endpoint | 
             url = f"http://{url}"
         if f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT" not in env:
             url = f"{url.rstrip('/')}/v1/{signal}"
+    else:  # it has no use for user info, and would log it
+        scheme, slashes, rest = url.rpartition("://")
+        url = f"{scheme}{slashes}{rest.rpartition('@')[2]}"
     compression = get("COMPRESSION", "none").lower()
     if compression not in ("none", "gzip", "deflate") or (compression == "deflate" and protocol == GRPC):
         _warn("OTEL_EXPORTER_OTLP_COMPRESSION", compression, "none or gzip; none is used")
