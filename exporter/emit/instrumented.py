@@ -57,6 +57,8 @@ class Instrumented:
                 continue
             if event.kind in _TELLING:
                 self.observe(event)
+                if event.filtered and event.kind == CONNECT and event.port in _PORTS:
+                    continue  # it came for us alone: the kernel has counted it among what is not told
             kept.append(event)
         return kept
 

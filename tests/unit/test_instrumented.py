@@ -72,3 +72,10 @@ def test_d12_it_is_forgotten_in_time_and_bounded() -> None:
         seen.own(EVENT._replace(pid=seen._pid, cookie=n + 1))
     assert len(seen) == 4096
     assert len(seen._own) == 4096
+
+
+def test_d12_a_connection_to_an_excluded_collector_is_for_us_alone() -> None:
+    seen = Instrumented()
+    hidden = EVENT._replace(port=4317, filtered=True)
+    assert seen.take([hidden, EVENT, EVENT._replace(filtered=True)]) == [EVENT, EVENT._replace(filtered=True)]
+    assert seen.traces(WEB)
