@@ -43,6 +43,7 @@ from exporter.events import Event, Workload
 LIMIT = 1 << 17
 # Pieces that are kept, 50 to 600 bytes each. Then all are made anew.
 _KEPT = 2048
+_HEADS = 512  # resources, 600 bytes each
 # A request's span has at most so many attributes, 64 of them headers.
 _ATTRIBUTES = 96
 
@@ -82,6 +83,7 @@ class Records:
         self._pieces: dict[tuple[object, ...], bytes] = {}
         self._urls: dict[tuple[object, ...], str] = {}
         self._names: dict[tuple[object, ...], bytes] = {}
+        self._heads: dict[int, tuple[Resource, bytes]] = {}
         self._local_port = Number(_ATTRIBUTE, c.LOCAL_PORT)
         self._url = Text(_ATTRIBUTE, c.URL_FULL, length)
         self._request_size = Number(_ATTRIBUTE, c.HTTP_REQUEST_BODY)
@@ -241,8 +243,14 @@ class Records:
 
     def _head_of(self, resource: Resource) -> tuple[bytes, bytes]:
         """(resource field, scope field) of what holds a workload's items."""
-        attributes = self._piece(resource.attributes[: self._limits.attributes], b"\x0a")
-        return sized(b"\x0a", attributes), self._scope
+        # By identity, as in _Batch; the Resource is kept beside what was made of it.
+        known = self._heads.get(id(resource))
+        if known is None or known[0] is not resource:
+            if len(self._heads) >= _HEADS:
+                self._heads.clear()
+            attributes = self._piece(resource.attributes[: self._limits.attributes], b"\x0a")
+            known = self._heads[id(resource)] = (resource, sized(b"\x0a", attributes))
+        return known[1], self._scope
 
 
 class _Batch:
@@ -257,23 +265,27 @@ class _Batch:
 
     def _start(self) -> None:
         self._groups: dict[int, tuple[Resource, list[bytes]]] = {}
+        self._of: dict[int, tuple[Workload, list[bytes]]] = {}
         self._bytes = self._items = 0
 
     def add(self, workload: Workload, tag: bytes, item: bytes) -> bool:
         """Take one item; True when what waits is as large as a request should be."""
-        resource = self._resource_of(workload)
-        # By identity: a Resource is cached for as long as its workload is known, and hashing one takes longer than
-        # encoding a span. Keeping the object keeps its id from being given to another.
-        group = self._groups.get(id(resource))
-        if group is None:
-            group = self._groups[id(resource)] = (resource, [])
-            self._bytes += 2048
+        # By identity: hashing a Workload or a Resource takes longer than encoding a span. Keeping the objects keeps
+        # their ids from being given to others.
+        known = self._of.get(id(workload))
+        if known is None:
+            resource = self._resource_of(workload)
+            group = self._groups.get(id(resource))
+            if group is None:
+                group = self._groups[id(resource)] = (resource, [])
+                self._bytes += 2048
+            known = self._of[id(workload)] = (workload, group[1])
         size = len(item)
         # Most items take two bytes of length.
         if 0x80 <= size < 0x4000:
-            group[1].append(b"%b%c%c%b" % (tag, size & 0x7F | 0x80, size >> 7, item))
+            known[1].append(b"%b%c%c%b" % (tag, size & 0x7F | 0x80, size >> 7, item))
         else:
-            group[1].append(sized(tag, item))
+            known[1].append(sized(tag, item))
         self._items += 1
         self._bytes += size + 4
         return self._bytes >= LIMIT
@@ -291,6 +303,7 @@ class _Batch:
         yield payload
 
 
+_bits = random.getrandbits
 _SCHEMA = sized(b"\x1a", c.SCHEMA_URL.encode())
 _ERROR = b"\x7a\x02\x18\x02"
 _FLAGS = struct.Struct("<2sI").pack
@@ -304,6 +317,9 @@ def _flags(traceparent: str) -> bytes:
 
 def _place(traceparent: str, state: str, own: Context | None) -> bytes:
     """Trace id, span id, trace state and parent. `own` holds ids that were given before."""
+    if own is None and not traceparent:
+        ids = _bits(192).to_bytes(24, "big")
+        return b"\x0a\x10%b\x12\x08%b" % (ids[:16], ids[16:])
     span_id = own.span_id if own is not None else random.randbytes(8)
     if not traceparent:
         return b"\x0a\x10%b\x12\x08%b" % (own.trace_id if own is not None else random.randbytes(16), span_id)
