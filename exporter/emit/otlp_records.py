@@ -65,17 +65,20 @@ class Payload(NamedTuple):
 
 class Records:
     """One for each worker thread: it keeps pieces. `resource_of` gives a workload's Resource, `template` an event's
-    url.template or ""; `allowed` are the request headers that may be told, in lower case."""
+    url.template or ""; `allowed` are the request headers that may be told, in lower case; `made` is told of each span:
+    its event, trace id and span id."""
 
     def __init__(
         self,
         resource_of: Callable[[Workload], Resource],
         version: str,
         limits: Limits | None = None,
-        template: Callable[[Event], str] = lambda event: "",
+        template: Callable[[Event], str] | None = None,
         allowed: frozenset[str] = frozenset(),
+        made: Callable[[Event, tuple[bytes, bytes]], None] | None = None,
     ) -> None:
-        self._resource_of, self._template, self._allowed = resource_of, template, allowed
+        self._resource_of, self._allowed, self._made = resource_of, allowed, made
+        self._template = template or _no_template
         self._limits = limits or Limits()
         length = self._limits.value_length
         scope = sized(b"\x0a", c.SCOPE.encode()) + (sized(b"\x12", version.encode()) if version else b"")
@@ -97,11 +100,17 @@ class Records:
         """One ResourceSpans for each workload in a request."""
         batch = _Batch(self._resource_of, self._head_of)
         request_span = self._request if self._limits.attributes >= _ATTRIBUTES else self._limited_request
+        made = self._made
         for item in items:
             if isinstance(item, Setup):
                 workload, found = item.main.workload, self._setup(item)
+                steps = list(zip(item.events, found[1:], strict=True))
             else:
                 workload, found = item.event.workload, [request_span(item)]
+                steps = [(item.event, found[0])]
+            if made is not None:
+                for event, span in steps:
+                    made(event, (span[2:18], span[20:28]))  # where _place() has put the ids
             for span in found:
                 if batch.add(workload, b"\x12", span):
                     yield from batch.rest()
@@ -251,6 +260,10 @@ class Records:
             attributes = self._piece(resource.attributes[: self._limits.attributes], b"\x0a")
             known = self._heads[id(resource)] = (resource, sized(b"\x0a", attributes))
         return known[1], self._scope
+
+
+def _no_template(event: Event) -> str:
+    return ""
 
 
 class _Batch:

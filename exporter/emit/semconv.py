@@ -105,6 +105,7 @@ CONNECTION_RTT: Final = "ebfw.connection.rtt"
 CONNECT_DURATION: Final = "ebfw.connect.duration"
 DNS_DURATION: Final = "ebfw.dns.duration"
 PROXY: Final = "ebfw.proxy.address"
+TLS_COVERAGE: Final = "ebfw.tls.coverage"  # classes: exporter/kernel/tls_libraries.py
 REPEATS: Final = "ebfw.repeats"
 FIRST_SEEN: Final = "ebfw.destination.first_seen"
 OVERFLOW: Final = "otel.metric.overflow"
@@ -307,7 +308,13 @@ ATTRIBUTION = Metric(
     "Events whose workload was found (hit) or not (miss).",
     ("result",),
 )
-UPROBE_ATTACHED = Metric("ebfw.uprobe.attached", "{library}", GAUGE, "TLS libraries with uprobes attached.")
+UPROBE_ATTACHED = Metric(
+    "ebfw.uprobe.attached", "{library}", GAUGE, "Files with TLS functions that have uprobes, by class.", (TLS_COVERAGE,)
+)  # fmt: skip
+TLS_CONNECTIONS = Metric(
+    "ebfw.tls.connections", "{connection}", COUNTER,
+    "TLS connections by what ebfw sees of the requests in them.", (TLS_COVERAGE,),
+)  # fmt: skip
 RECORDS_LOST = Metric(
     "ebfw.records.lost", "{record}", COUNTER, "Records that could not be kept, by stage and cause.",
     ("ebfw.stage", "ebfw.cause"), observed=True,
@@ -348,9 +355,9 @@ WORKLOAD_METRICS: Final = (
     RPC_TIME, WORKLOAD_INFO,
 )  # fmt: skip
 AGENT_METRICS: Final = (
-    EVENTS, FILTERED, ATTRIBUTION, UPROBE_ATTACHED, RECORDS_LOST, EXPORTED, EXPORT_REQUESTS, EXPORT_TIME, QUEUE,
-    TABLE_USED, TABLE_SIZE, FEATURE, SERIES, SERIES_OVERFLOW, SERIES_EXPIRED, CLAMPED, BUILD_INFO, START_TIME, CPU_TIME,
-    MEMORY,
+    EVENTS, FILTERED, ATTRIBUTION, UPROBE_ATTACHED, TLS_CONNECTIONS, RECORDS_LOST, EXPORTED, EXPORT_REQUESTS,
+    EXPORT_TIME, QUEUE, TABLE_USED, TABLE_SIZE, FEATURE, SERIES, SERIES_OVERFLOW, SERIES_EXPIRED, CLAMPED, BUILD_INFO,
+    START_TIME, CPU_TIME, MEMORY,
 )  # fmt: skip
 METRICS: Final = WORKLOAD_METRICS + AGENT_METRICS
 BY_NAME: Final = {metric.name: metric for metric in METRICS}
@@ -449,6 +456,7 @@ ATTRIBUTES: Final = (
         (DNS_SEARCH_EXPANSION, "boolean", "a name of the resolver's search list that led nowhere: no failure"),
         (TLS_GROUP, "string", "the group of the key exchange that the server took; TLS 1.3"),
         (TLS_POST_QUANTUM, "boolean", "the client offers a key share that holds against a quantum computer"),
+        (TLS_COVERAGE, "string", "who encrypts: a class of TLS library, or what ebfw cannot look into"),
         (TLS_JA4, "string", "JA4 fingerprint of the client"),
         (PROXY, "string", "the HTTP proxy through which the server was asked for"),
         (REPEATS, "int", "how many records this one stands for"),

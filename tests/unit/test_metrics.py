@@ -34,7 +34,9 @@ class Clock:
 
 
 def make(**options: Any) -> tuple[Metrics, Clock]:
+    """At pod level where a test does not say otherwise: what one identity has must not depend on the level."""
     clock = Clock()
+    options = {"level": "pod"} | options
     options = {"losses": health.Losses(), "features": health.Features()} | options
     return Metrics(Resources("node1"), clock=clock, wall=clock.wall, **options), clock
 
@@ -272,7 +274,7 @@ def test_everything_is_given_back_after_expiry() -> None:
     clock.seconds += 1000
     metrics.expire()
     assert set(read(metrics, c.SERIES, "ebfw.metric").values()) == {0}
-    assert metrics._count == 0
+    assert metrics._store.count == 0
 
 
 def test_events_and_attribution() -> None:

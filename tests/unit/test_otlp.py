@@ -149,7 +149,7 @@ def test_every_signal_arrives_under_the_resource_of_its_workload(receiver: Recei
     assert logs["ssh.service", "ebfw.egress.connection"].severity_number == 13
 
     ((resource, metric, point),) = receiver.points("ebfw.network.io")
-    assert (resource["k8s.pod.uid"], point.as_int, point.start_time_unix_nano) == ("uid-1", 100, 5)
+    assert (resource["service.name"], point.as_int, point.start_time_unix_nano) == ("web-0", 100, 5)
     assert (metric.unit, metric.sum.is_monotonic, metric.sum.aggregation_temporality) == ("By", True, 2)
     ((_, _, buckets),) = receiver.points("ebfw.tcp.connect.duration")
     assert (buckets.count, list(buckets.explicit_bounds)) == (1, list(c.CONNECT_TIME.bounds))
@@ -479,6 +479,38 @@ def test_d12_an_instrumented_workload_has_no_request_spans(receiver: Receiver) -
         ("ssh.service", "socket connect 192.0.2.1:443"),
         ("web-0", "GET"),
     ]
+
+
+def test_d12_an_instrumented_workload_has_no_request_metrics_of_ours() -> None:
+    rig, seen = Rig("", "http/protobuf"), Instrumented()
+    rig.metrics.instrumented = seen.metrics
+    seen.observe(REQUEST._replace(workload=SSHD, method="POST", path="/v1/metrics"))
+    for event in (REQUEST, REQUEST._replace(workload=SSHD), EVENT._replace(workload=SSHD)):
+        rig.metrics.observe(event)
+    found = {
+        (metric.name, dict(resource.identity)["service.name"])
+        for metric, points in rig.metrics.snapshot().by_metric()
+        if metric.kind == c.HISTOGRAM
+        for resource, _ in points
+    }
+    assert found == {("http.client.request.duration", "web-0"), ("ebfw.tcp.connect.duration", "ssh.service")}
+
+
+def test_a_span_that_is_kept_is_an_exemplar_and_one_that_is_not_is_none(receiver: Receiver) -> None:
+    rig = Rig(receiver.http, "http/protobuf", {"OTEL_LOGS_EXPORTER": "none", "OTEL_METRIC_EXPORT_INTERVAL": "600"})
+    rig.otlp.start()
+    for event in (outcome(traceparent=UNSAMPLED), outcome(traceparent=PARENT)):
+        rig.metrics.observe(event)
+        rig.otlp.emit(event)
+
+    def exemplars() -> list[Any]:
+        return [e for _, _, p in receiver.points("http.client.request.duration") for e in p.exemplars]
+
+    receiver.wait(exemplars)
+    rig.otlp.shutdown()
+    ((_, span),) = receiver.spans()
+    assert {(e.trace_id, e.span_id) for e in exemplars()} == {(span.trace_id, span.span_id)}
+    assert span.trace_id.hex() == PARENT[3:35]
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
