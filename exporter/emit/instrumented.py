@@ -22,7 +22,7 @@ SKIP, ADD = "skip", "add"
 SECONDS = 3600.0
 _WORKLOADS = 4096
 _PORTS = (4317, 4318)
-_TELLING = frozenset((CONNECT, HTTP, HTTPS))
+_REQUESTS = frozenset((HTTP, HTTPS))
 _SERVICE = "/opentelemetry.proto.collector."
 # The kernel's names of Collectors, cut to 15 bytes as they are: they send what others made.
 _COLLECTORS = ("otelcol", "otelcontribcol", "otelcorecol")
@@ -55,10 +55,14 @@ class Instrumented:
         for event in events:
             if (event.pid == pid or (own and event.cookie in own)) and self.own(event):
                 continue
-            if event.kind in _TELLING:
+            kind = event.kind
+            if kind == CONNECT:
+                if event.port in _PORTS or event.role == SERVER or event.comm.startswith("otel"):
+                    self.observe(event)
+                    if event.filtered and event.port in _PORTS:
+                        continue  # it came for us alone: the kernel has counted it among what is not told
+            elif kind in _REQUESTS and event.method == "POST":
                 self.observe(event)
-                if event.filtered and event.kind == CONNECT and event.port in _PORTS:
-                    continue  # it came for us alone: the kernel has counted it among what is not told
             kept.append(event)
         return kept
 
@@ -80,12 +84,12 @@ class Instrumented:
                 self._mark(event.workload, True, True)
             elif event.role == SERVER and event.src_port in _PORTS:
                 self._collector(event.workload)
-        elif kind in (HTTP, HTTPS):
+        elif kind in (HTTP, HTTPS) and event.method == "POST":
             path = event.path
             if path.startswith(_SERVICE):
                 service = path[len(_SERVICE) :]
                 self._mark(event.workload, service.startswith("trace."), service.startswith("metrics."))
-            elif event.method == "POST" and path.startswith("/v1/"):
+            elif path.startswith("/v1/"):
                 self._mark(event.workload, path == "/v1/traces", path == "/v1/metrics")
         if event.comm.startswith(_COLLECTORS):
             self._collector(event.workload)
