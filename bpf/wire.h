@@ -166,6 +166,7 @@ enum outcome {
 #define RECORD_PROXIED 2   /* record.flags: behind a CONNECT to an HTTP proxy */
 #define RECORD_HEAD_END 4  /* record.flags: the head ends in this piece */
 #define RECORD_LAST_CHUNK 8 /* record.flags: a chunked body seems to end here */
+#define RECORD_EXCLUDED 128 /* record.flags: matched `exclude`; told only because of its port, OTLP's */
 
 struct record {
 	__u64 time_ns; /* CLOCK_MONOTONIC, when the thing happened */

@@ -20,11 +20,13 @@ from exporter import __version__, heap
 from exporter.decode import address, decode, transport
 from exporter.emit import prometheus
 from exporter.emit.console import Console
+from exporter.emit.instrumented import Instrumented, own_cgroup
 from exporter.emit.metrics import Metrics
 from exporter.emit.otlp import Otlp
 from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
 from exporter.emit.routes import Routes
+from exporter.emit.setup import Setups
 from exporter.enrich import ContainerNames, HiddenNames, Names, Workloads, find_root, root_problem
 from exporter.errors import SettingsError
 from exporter.events import TLS, Counts, Event, Flow
@@ -41,7 +43,9 @@ TICK = 0.2  # the ring is drained so often; nobody wakes us but a ring that fill
 FOLD_SECONDS = 5.0  # counters are read at least so often, and whenever somebody asks for metrics
 REFRESH_SECONDS = 1.0  # who asks waits no longer than this
 HOUSEKEEPING_SECONDS = 5.0
+CLOCK_SECONDS = 1.0  # the wall clock is set while we run
 BATCH = 256  # records in one step of the pipeline,
+NEW_PROCESSES = 64  # whose environment is looked at in one tick
 RECORDS = 100_000  # and until the pipeline looks at anything else
 IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slot back
 
@@ -117,6 +121,9 @@ class Pipeline:
         )
         self.redaction = Options.of(settings)
         self.console = Console(sys.stdout, settings.output, settings.colour, settings.node_name)
+        self.instrumented = Instrumented(settings.instrumented)
+        self.own_cgroup = own_cgroup(root)
+        metrics.instrumented = self.instrumented.metrics
         self.otlp = Otlp(
             settings.otel,
             resources,
@@ -124,6 +131,10 @@ class Pipeline:
             version=__version__,
             spans_per_second=settings.spans_per_second,
             logs=settings.logs,
+            setups=Setups(settings.connection_spans, settings.slow_connection_ms * 1_000_000),
+            instrumented=self.instrumented,
+            headers=settings.allowed_headers,
+            template=None if metrics.routes is None else metrics.routes.of,
         )
         self.tls = self._tls_processes(settings, root)
         self.alive = {workload.cgroup_id: workload for workload in self.workloads.live()}
@@ -133,8 +144,9 @@ class Pipeline:
         self.watching = True
         self.met: set[int] = set()  # processes of the events since the last tick
         self.hellos: list[int] = []  # and those of the TLS connections among them
-        self.next_fold = self.next_housekeeping = 0.0
         self.filtered: dict[str, int] = {}  # what the kernel did not tell, by kind
+        self.looked_at: set[int] = set()  # for what they say of their workload
+        self.next_fold = self.next_housekeeping = self.next_clock = 0.0
         metrics.gauge("ebfw.build.info", 1, version=__version__, kernel=platform.release())
 
     # --- the pipeline ---------------------------------------------------------------------------------------------
@@ -153,6 +165,7 @@ class Pipeline:
     def tell(self, events: list[Event]) -> None:
         """Events to every way out, their secrets hidden."""
         write, emit, options = self.console.write, self.otlp.emit, self.redaction
+        events = self.instrumented.take(events)
         self.metrics.observe_all(events)
         events = [event for event in events if not event.filtered]
         self.met.update([event.pid for event in events])
@@ -180,6 +193,9 @@ class Pipeline:
             self.drain()
             self._tell_of_processes()
             now = time.monotonic()
+            if now >= self.next_clock:
+                self.next_clock = now + CLOCK_SECONDS
+                self.clock.set()
             if now >= self.next_fold or self.refresh_wanted.is_set():
                 self.refresh_wanted.clear()
                 self.next_fold = now + FOLD_SECONDS
@@ -204,7 +220,11 @@ class Pipeline:
         """Move by how much the kernel's counters moved into the metrics."""
         now = time.monotonic()
         for row in self.kernel.flow_table.read(now, self.clock.started):
-            self.metrics.add(self.flow(row.key), Counts._make(row.delta), self.clock.wall(row.since_ns))
+            if row.key.cgroup == self.own_cgroup:
+                continue
+            flow = self.flow(row.key)
+            self.instrumented.flow(flow)
+            self.metrics.add(flow, Counts._make(row.delta), self.clock.wall(row.since_ns))
         if self.tls is not None:
             for coverage, connections in self.tls.take_connections().items():
                 self.metrics.count("ebfw.tls.connections", connections, coverage=coverage)
@@ -241,7 +261,6 @@ class Pipeline:
 
     def keep_house(self, now: float) -> None:
         """What is over is forgotten; what is new is found; the agent's own numbers."""
-        self.clock.set()
         self._look_after_cgroup()
         self.names.expire(time.monotonic_ns())
         table = self.kernel.flow_table
@@ -252,6 +271,7 @@ class Pipeline:
             self.metrics.end(self.alive[cgroup_id])
         self.alive = alive
         self.metrics.expire()
+        self.looked_at.clear()
         heap.give_back()
         if self.tls is not None:
             for coverage, files in self.tls.libraries.by_coverage().items():
@@ -273,10 +293,14 @@ class Pipeline:
         return TlsProcesses(programs, self.kernel.executions, cgroup, everywhere=cgroup == root)
 
     def _tell_of_processes(self) -> None:
-        """Who was met, and whose TLS connections began: the TLS library of one may have no probe yet."""
+        """Who was met, and whose TLS connections began: the TLS library of one may have no probe yet, and it may say
+        what its workload is called. Of the latter a few at a time: a storm of short ones must not hold up the ring."""
         met, hellos = self.met, self.hellos
         self.met, self.hellos = set(), []
         met.discard(0)
+        for pid in list(met - self.looked_at)[:NEW_PROCESSES]:
+            self.looked_at.add(pid)
+            self.workloads.look_at(pid)
         if self.tls is not None:
             self.tls.tell(met, hellos)
 
@@ -308,8 +332,13 @@ class Clock:
         self.set()
 
     def set(self) -> None:
-        """Read the offset again."""
-        self._offset = time.time_ns() - time.monotonic_ns()
+        """Read the offset again. Of a few readings the one that took least: between the two clocks we may have had to
+        wait for the CPU."""
+        readings = []
+        for _ in range(3):
+            before, wall, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+            readings.append((after - before, wall - (before + after) // 2))
+        self._offset = min(readings)[1]
 
     def wall(self, monotonic: int) -> int:
         """Nanoseconds since the epoch."""

@@ -239,15 +239,20 @@ class Exchanges:
         first, request, response = one.first, one.request, one.response
         scheme = "https" if one.kind == events.HTTPS else "http"
         sent = _body_sent(request, one)
+        parent = _traceparent(request)
+        state = _header(request, "tracestate") if parent else ""
+        port = request.port or 0
         if response is None:
             exchange = Exchange(
                 request.version or "1.1",
                 scheme,
                 error=error,
                 request_size=sent,
-                traceparent=_traceparent(request),
+                traceparent=parent,
                 sequence=first.sequence,
                 partial=partial,
+                tracestate=state,
+                server_port=port,
             )
             duration = None if partial else one.last - first.time
         else:
@@ -261,9 +266,11 @@ class Exchanges:
                 sent,
                 body,
                 response.grpc_status,
-                _traceparent(request),
+                parent,
                 first.sequence,
                 partial,
+                state,
+                port,
             )
             duration = one.last - first.time
         self.ended.append(Ended(one.kind, first, request, exchange, duration))
@@ -335,3 +342,8 @@ def _traceparent(request: Request) -> str:
         if len(name) == 11 and name.lower() == "traceparent":
             return value[:55] if _TRACEPARENT.match(value) and (len(value) == 55 or value[:2] != "00") else ""
     return ""
+
+
+def _header(request: Request, wanted: str) -> str:
+    """The values of a list header, joined (RFC 9110 section 5.3)."""
+    return ",".join([value for name, value in request.headers if len(name) == len(wanted) and name.lower() == wanted])

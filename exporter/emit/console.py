@@ -449,7 +449,7 @@ class JsonFormat:
 
 def _exchange(exchange: Exchange) -> str:
     """The members that say how a request went."""
-    version, scheme, status, error, first_byte, sent, received, grpc, traceparent, sequence, partial = exchange
+    version, scheme, status, error, first_byte, sent, received, grpc, traceparent, sequence, partial, *_ = exchange
     parts = [f'"scheme":"{scheme}","http_version":"{version}"']
     if status:
         parts.append(f'"http_status":{status}')

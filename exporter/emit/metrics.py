@@ -92,6 +92,7 @@ class Metrics:
         self._port, self._type = c.PEER_PORT in chosen, c.DNS_QUESTION_TYPE in chosen
         self._scheme, self._ja4 = c.URL_SCHEME in chosen, c.TLS_JA4 in chosen
         self._template = c.URL_TEMPLATE in chosen
+        self.instrumented: Callable[[Workload], bool] | None = None  # whose requests are none of ours
         self.routes = routes  # of whoever else wants templates: one book for all
         self._routes = routes if self._template else None
         self._more = tuple(index for index in _HTTP_MORE if c.WORKLOAD_METRICS[index].name in wanted)
@@ -213,6 +214,8 @@ class Metrics:
                     exchange = event.exchange
                     if exchange is None or value is None:
                         continue
+                    if self.instrumented is not None and self.instrumented(workload):
+                        continue  # it tells its own (D12)
                     key = (
                         event.domain or event.dst, event.port, event.method, exchange.status, exchange.error,
                         exchange.version, filtered, event.scope,

@@ -74,6 +74,7 @@ TALLIES = (
 OUTCOMES = ("", "ok", "refused", "timed_out", "cancelled", "unreachable", "denied", "reset")
 
 RECORD_TRUNCATED, RECORD_PROXIED, RECORD_HEAD_END, RECORD_LAST_CHUNK = 1, 2, 4, 8
+RECORD_EXCLUDED = 128
 
 Address = c.c_uint8 * 16
 

@@ -508,6 +508,9 @@ def test_names_are_the_conventions() -> None:
         dns_attributes as dns,
     )
     from opentelemetry.semconv._incubating.attributes import (
+        http_attributes as http,
+    )
+    from opentelemetry.semconv._incubating.attributes import (
         k8s_attributes as k8s,
     )
     from opentelemetry.semconv._incubating.attributes import (
@@ -532,6 +535,9 @@ def test_names_are_the_conventions() -> None:
         url_attributes as url,
     )
     from opentelemetry.semconv._incubating.attributes import (
+        user_agent_attributes as user_agent,
+    )
+    from opentelemetry.semconv._incubating.attributes import (
         user_attributes as user,
     )
     from opentelemetry.semconv.attributes import (
@@ -543,8 +549,8 @@ def test_names_are_the_conventions() -> None:
     known = {
         value
         for module in (
-            container, dns, k8s, network, process, rpc, service, telemetry, tls, url, user, error_attributes,
-            http_attributes, server_attributes,
+            container, dns, http, k8s, network, process, rpc, service, telemetry, tls, url, user, user_agent,
+            error_attributes, http_attributes, server_attributes,
         )
         for value in vars(module).values()
         if isinstance(value, str)
@@ -553,7 +559,7 @@ def test_names_are_the_conventions() -> None:
         value
         for name, value in vars(c).items()
         if name.isupper() and isinstance(value, str) and "." in value and not value.startswith(("ebfw.", "otel."))
-    } - {c.HOST_NAME, c.SCHEMA_URL, c.HTTP_REQUEST_HEADER}
+    } - {c.HOST_NAME, c.SCHEMA_URL, c.HTTP_REQUEST_HEADER, c.RPC_REQUEST_METADATA}
     assert ours <= known
 
 
