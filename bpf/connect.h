@@ -45,6 +45,7 @@ INLINE int want_connect(struct bpf_sock_addr *ctx, const u8 *peer)
 	s->role = ROLE_CLIENT;
 	s->flags = 0;
 	s->tx_bytes = s->rx_bytes = 0;
+	s->bare = 0;
 	s->retransmits = 0;
 	s->began_ns = bpf_ktime_get_ns();
 	if (transport == PROTO_TCP) {

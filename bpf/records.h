@@ -81,7 +81,7 @@ INLINE struct record *reserve_record(u64 size)
 			return;                                                                                           \
 		}                                                                                                     \
 		b->head.length = take;                                                                                \
-		b->head.flags |= parcel->flags | (take < n ? RECORD_TRUNCATED : 0);                                           \
+		b->head.flags |= parcel->flags | (take < parcel->length ? RECORD_TRUNCATED : 0);                                           \
 		b->head.offset = parcel->stream_offset;                                                                       \
 		b->head.sequence = parcel->sequence;                                                                          \
 		b->head.tx_bytes = parcel->sent;                                                                              \
@@ -109,6 +109,8 @@ INLINE void ship(struct __sk_buff *skb, const struct socket *s, const struct par
 
 	if (!n)
 		return;
+	if (n > ROOM_GIANT)
+		n = ROOM_GIANT;
 	now = bpf_ktime_get_ns();
 	if (n <= ROOM_SMALL)
 		SHIP(ROOM_SMALL);
@@ -116,7 +118,9 @@ INLINE void ship(struct __sk_buff *skb, const struct socket *s, const struct par
 		SHIP(ROOM_MEDIUM);
 	if (n <= ROOM_LARGE)
 		SHIP(ROOM_LARGE);
-	SHIP(ROOM_HUGE);
+	if (n <= ROOM_HUGE)
+		SHIP(ROOM_HUGE);
+	SHIP(ROOM_GIANT);
 }
 
 /* How much of a response has come, and when the last of it came. */

@@ -157,14 +157,14 @@ def parse_client_hello(data: bytes, quic: bool = False) -> ClientHello | None:
     whole = end <= len(message)
     session = message[39 : 39 + message[38]]
     at = 39 + len(session)
+    (legacy,) = _short(message, 4)
     try:
-        (legacy,) = _short(message, 4)
         (size,) = _short(message, at)
         ciphers = message[at + 2 : at + 2 + size]
         at += 2 + size
         at += 1 + message[at]
     except (struct.error, IndexError):
-        return _new(ClientHello, ("", VERSIONS.get(legacy, ""), (), "", False, False, False, session, False))
+        return _new(ClientHello, ("", "", (), "", False, False, False, session, False))
 
     types: list[int] = []
     name = ""
@@ -204,8 +204,8 @@ def parse_client_hello(data: bytes, quic: bool = False) -> ClientHello | None:
         if len(_shapes) >= _CACHED:
             _shapes.clear()
         shape = _shapes[key] = _shape(quic, legacy, ciphers, types, versions, protocols, signatures)
-    ja4 = shape.ja4 if whole else ""
-    return _new(ClientHello, (name, shape.offered, shape.alpn, ja4, post_quantum, ech, resumption, session, whole))
+    ja4, offered = (shape.ja4, shape.offered) if whole else ("", shape.offered if versions else "")
+    return _new(ClientHello, (name, offered, shape.alpn, ja4, post_quantum, ech, resumption, session, whole))
 
 
 def parse_server_hello(data: bytes) -> ServerHello | None:
@@ -279,7 +279,10 @@ def _server_name(body: bytes) -> str:
     """The first name, if it is a host's (type 0). A name with bytes beyond ASCII is shown escaped."""
     if len(body) < 5 or body[2]:
         return ""
-    name = body[5 : 5 + (body[3] << 8 | body[4])].decode("ascii", "backslashreplace").lower()
+    end = 5 + (body[3] << 8 | body[4])
+    if end > len(body):  # half a name is worse than none
+        return ""
+    name = body[5:end].decode("ascii", "backslashreplace").lower()
     return name[:-1] if name.endswith(".") else name
 
 

@@ -69,11 +69,13 @@ TALLIES = (
     RECORD_RESPONSE,
     RECORD_RECEIVED,
     RECORD_TLS_CLOSED,
-) = range(1, 12)
+    RECORD_SERVER_HELLO,
+    RECORD_HANDSHAKE_END,
+) = range(1, 14)
 
 OUTCOMES = ("", "ok", "refused", "timed_out", "cancelled", "unreachable", "denied", "reset")
 
-RECORD_TRUNCATED, RECORD_PROXIED, RECORD_HEAD_END, RECORD_LAST_CHUNK = 1, 2, 4, 8
+RECORD_TRUNCATED, RECORD_PROXIED, RECORD_HEAD_END, RECORD_LAST_CHUNK, RECORD_ABANDONED = 1, 2, 4, 8, 16
 
 Address = c.c_uint8 * 16
 

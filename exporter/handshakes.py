@@ -1,0 +1,162 @@
+"""TLS handshakes: the pieces of a ClientHello, the server's answer and the client's word to that become one thing.
+
+In: sightings of the kinds HELLO, SERVER_HELLO, HANDSHAKE_END and CLOSED, in the order of the ring. Out: a `Handshake`
+when one is over: with its end, an alert, the close of its connection, or HANDSHAKE_SECONDS. Not its job: who it was
+and what the peer is called (join), reading bytes (tls).
+
+A handshake is told once, however it ended: a server that is not seen to answer still has a name. Its duration is that
+of the client: from the ClientHello to its Finished, both as they leave. In TLS 1.2 the server's own Finished comes
+after that, and so does an alert with which it refuses a client's certificate; neither is waited for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from exporter import decode, tls
+from exporter.decode import Sighting
+from exporter.events import Tls
+from exporter.health import losses
+
+HANDSHAKES = 4096  # open at once
+HANDSHAKE_SECONDS = 10
+HELLO_BYTES = 16384  # a hello of more is read as far as that
+SECOND = 1_000_000_000
+
+OK, CLOSED, TIMEOUT = "ok", "closed", "timeout"  # or the word of an alert
+_ENCRYPTED = "encrypted"
+
+_new = tuple.__new__
+
+
+class Handshake(NamedTuple):
+    """`first` is the hello's first sighting, `identity` the id of the name that the kernel read in it (0 where it did
+    not). `server_name` is "" where the hello has none, or none that could be read: `whole` says which. `status` is
+    OK, CLOSED, TIMEOUT, or the alert's description; "" where it was given up for want of room."""
+
+    first: Sighting
+    identity: int
+    server_name: str
+    whole: bool
+    status: str
+    duration: int | None
+    tls: Tls
+
+
+class _Open:
+    """A handshake that is not over."""
+
+    __slots__ = ("answer", "data", "first", "hello", "identity")
+
+    def __init__(self, first: Sighting) -> None:
+        self.first, self.identity = first, first.name
+        self.data = b""
+        self.hello: tls.ClientHello | None = None
+        self.answer: tls.ServerHello | None = None
+
+
+class Handshakes:
+    """Bounded by HANDSHAKES: the oldest is told as far as it came, and counted as lost."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[int, _Open] = OrderedDict()  # by the socket's cookie, oldest first
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def hello(self, s: Sighting) -> Handshake | None:
+        """A piece of a ClientHello. The handshake that it ends is another, older one."""
+        cookie, offset, payload, flags = s.cookie, s.offset, s.payload, s.flags
+        if flags & decode.ABANDONED:
+            self._open.pop(cookie, None)
+            return None
+        over = None
+        one = self._open.get(cookie)
+        if one is None or (one.hello is not None and not offset):
+            if offset:  # its first piece was lost
+                return None
+            if one is not None:  # the same socket, connected anew, and its close was lost
+                over = self._over(self._open.pop(cookie), "", None)
+            one = self._open[cookie] = _Open(s)
+            if len(self._open) > HANDSHAKES:
+                losses.add("join", "handshakes_full")
+                over = self._over(self._open.popitem(last=False)[1], "", None)
+        elif one.hello is not None:
+            return over
+        one.identity = s.name
+        have = len(one.data)
+        if offset <= have:  # less: sent again, and cut differently
+            one.data += payload[have - offset :]
+        if offset > have or flags & (decode.HEAD_END | decode.TRUNCATED) or len(one.data) >= HELLO_BYTES:
+            self._read(one)
+        return over
+
+    def answer(self, s: Sighting) -> Handshake | None:
+        """The server's first flight."""
+        one = self._open.get(s.cookie)
+        if one is None:
+            return None
+        if alert := tls.fatal_alert(s.payload):
+            del self._open[s.cookie]
+            return self._over(one, alert, s.time, alert)
+        one.answer = tls.parse_server_hello(s.payload) or one.answer
+        return None
+
+    def end(self, s: Sighting) -> Handshake | None:
+        """What the client says to it."""
+        one = self._open.pop(s.cookie, None)
+        if one is None:
+            return None
+        alert = tls.client_alert(s.payload)
+        return self._over(one, alert or OK, s.time, alert)
+
+    def closed(self, s: Sighting) -> Handshake | None:
+        """The connection is over, and so is a handshake that was not."""
+        one = self._open.pop(s.cookie, None)
+        return None if one is None else self._over(one, CLOSED, s.time)
+
+    def expire(self, now: int) -> Iterator[Handshake]:
+        """Those that are HANDSHAKE_SECONDS old. `now`: CLOCK_MONOTONIC ns."""
+        while self._open:
+            cookie, one = next(iter(self._open.items()))
+            if now - one.first.time < HANDSHAKE_SECONDS * SECOND:
+                break
+            del self._open[cookie]
+            if (over := self._over(one, TIMEOUT, None)) is not None:
+                yield over
+
+    def _read(self, one: _Open) -> None:
+        one.hello = tls.parse_client_hello(one.data) or tls.ClientHello("", "", (), "", False, False, False, b"", False)
+        one.data = b""
+
+    def _over(self, one: _Open, status: str, ended: int | None, alert: str = "") -> Handshake | None:
+        """None where no ClientHello came of it: some bytes, and then the connection's end."""
+        hello, answer = one.hello or tls.parse_client_hello(one.data), one.answer
+        if hello is None:
+            return None
+        version, group, resumed = "", "", None
+        if answer is not None:
+            version, group = answer.version, answer.group
+            if version == "1.3":
+                resumed = answer.psk
+            elif version and hello.whole:
+                resumed = answer.session == hello.session != b""
+        told = _new(
+            Tls,
+            (
+                version,
+                hello.offered,
+                hello.alpn,
+                group,
+                hello.post_quantum,
+                hello.ech,
+                hello.ja4,
+                resumed,
+                alert,
+                "",
+            ),
+        )
+        first = one.first
+        lasted = None if ended is None else ended - first.time
+        return _new(Handshake, (first, one.identity, hello.server_name, hello.whole, status, lasted, told))
