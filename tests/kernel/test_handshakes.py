@@ -255,7 +255,7 @@ for cut in A["cuts"]:
     finish(s)
 """
     cuts = [1, 7, 50, 97, 140, 180, 250, 400]
-    with tls_server(lab, servers, V13) as (port, seen):
+    with tls_server(lab, servers, V13) as (port, _):
         run(lines, cuts=cuts, peer=SERVERS4[0], port=port, ca=str(servers.ca), name=NAME)
         watch.until(lambda w: len(w.of(CLOSE)) == len(cuts))
     assert told(watch) == [("1.3", "ok", NAME, SNI)] * len(cuts)
