@@ -359,6 +359,30 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 	bpf_map_push_elem(MAP(FREE_SCRATCH), &index, 0);
 }
 
+#define QUIC_SMALLEST 1200 /* RFC 9000 section 14.1: a client's datagram with an Initial packet has no fewer bytes */
+#define QUIC_DATAGRAMS 3   /* a post-quantum ClientHello needs two, and one may be sent again */
+
+/* The first datagrams to a peer: QUIC's Initial packets (RFC 9000 section 17.2.2, RFC 9369 section 3) are told. */
+INLINE void inspect_datagram(struct __sk_buff *skb, struct socket *s, const struct packet *p, struct parcel *parcel)
+{
+	u64 start = 0;
+	u32 version;
+
+	s->stage = STAGE_DONE;
+	if (s->flags & S_EXCLUDED || p->length < QUIC_SMALLEST || bpf_skb_load_bytes(skb, p->payload, &start, 8))
+		return;
+	version = start >> 8;
+	if (!((start & 0xf0) == 0xc0 && version == bpf_htonl(1)) &&
+	    !((start & 0xf0) == 0xd0 && version == bpf_htonl(0x6b3343cf)))
+		return;
+	parcel->kind = RECORD_QUIC_INITIAL;
+	parcel->offset = p->payload;
+	parcel->length = p->length;
+	s->inspected += 1;
+	if (s->inspected < QUIC_DATAGRAMS)
+		s->stage = STAGE_QUIC;
+}
+
 INLINE void tell_datagram(struct socket *s)
 {
 	s->flags |= S_TOLD;
@@ -446,6 +470,8 @@ INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct so
 		parcel.kind = RECORD_DNS_QUERY;
 		parcel.offset = p.payload;
 		parcel.length = p.length;
+	} else if (s->stage == STAGE_QUIC) {
+		inspect_datagram(skb, s, &p, &parcel);
 	} else if (s->stage && p.length && p.transport == PROTO_TCP) {
 		if (s->stage == STAGE_HANDSHAKE || s->stage == STAGE_ANSWERED)
 			handshake_out(s, &p, &parcel);

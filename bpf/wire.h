@@ -151,6 +151,7 @@ enum record_kind {
 	RECORD_TLS_CLOSED, /* the application freed its TLS connection */
 	RECORD_SERVER_HELLO, /* payload: the first bytes of the server's answer to a ClientHello: a ServerHello or an alert */
 	RECORD_HANDSHAKE_END, /* payload: the first bytes of what the client says to that: its Finished, or an alert */
+	RECORD_QUIC_INITIAL,  /* payload: a datagram that begins with a QUIC Initial packet */
 };
 
 enum outcome {
@@ -237,7 +238,7 @@ struct socket {
 	__u32 retransmits;
 	__u64 response_bytes; /* of the response that is coming in; the last of them */
 	__u64 response_ns;    /* came at this time */
-	__u32 inspected; /* TCP sequence number after the last payload that was looked at */
+	__u32 inspected; /* TCP sequence number after the last payload that was looked at; UDP: Initial packets told */
 	__u32 requests;  /* HTTP/1: begun on this connection, */
 	__u32 answers;   /* and of those, how many had their response begin */
 	__u32 request_start; /* TCP sequence numbers: where the last request began, */

@@ -67,6 +67,7 @@ class Join:
             decode.TLS_CLOSED: self._exchanges.closed,
             decode.SERVER_HELLO: self._server_hello,
             decode.HANDSHAKE_END: self._handshake_end,
+            decode.QUIC_INITIAL: self._quic_initial,
         }
 
     def __len__(self) -> int:
@@ -315,6 +316,10 @@ class Join:
 
     def _handshake_end(self, s: Sighting) -> Event | None:
         handshake = self._handshakes.end(s)
+        return self._tls(handshake) if handshake is not None else None
+
+    def _quic_initial(self, s: Sighting) -> Event | None:
+        handshake = self._handshakes.initial(s)
         return self._tls(handshake) if handshake is not None else None
 
     def _tls(self, handshake: Handshake) -> Event:

@@ -71,7 +71,8 @@ TALLIES = (
     RECORD_TLS_CLOSED,
     RECORD_SERVER_HELLO,
     RECORD_HANDSHAKE_END,
-) = range(1, 14)
+    RECORD_QUIC_INITIAL,
+) = range(1, 15)
 
 OUTCOMES = ("", "ok", "refused", "timed_out", "cancelled", "unreachable", "denied", "reset")
 
