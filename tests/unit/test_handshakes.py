@@ -23,10 +23,10 @@ SECOND = 1_000_000_000
 def sighting(
     kind: int, payload: bytes = b"", time: int = 0, *, cookie: int = 1, offset: int = 0, flags: int = 0, name: int = 0
 ) -> Sighting:
-    # fmt: off
-    return Sighting(kind, time, 7, cookie, name, 42, "curl", "tcp", "client", "internet", "10.0.0.1", 4444,
-                    "192.0.2.1", 443, "", flags, 0, 0, 0, 0, 0, offset, payload)
-    # fmt: on
+    blank = Sighting._make([0] * len(Sighting._fields))
+    return blank._replace(
+        kind=kind, time=time, cookie=cookie, name=name, transport="tcp", flags=flags, offset=offset, payload=payload
+    )
 
 
 def sent(payload: bytes = HELLO, time: int = 0, *, cookie: int = 1, offset: int = 0, end: bool = True) -> Sighting:

@@ -212,10 +212,16 @@ def test_what_is_no_initial() -> None:
 
 
 def sighting(payload: bytes, time: int = 0, cookie: int = 1, port: int = 443) -> Sighting:
-    # fmt: off
-    return Sighting(decode.QUIC_INITIAL, time, 7, cookie, 0, 42, "chrome", "udp", "client", "internet", "10.0.0.1",
-                    4444, "192.0.2.1", port, "", 0, 0, 0, 0, 0, 0, 0, payload)
-    # fmt: on
+    blank = Sighting._make([0] * len(Sighting._fields))
+    return blank._replace(
+        kind=decode.QUIC_INITIAL,
+        time=time,
+        cookie=cookie,
+        transport="udp",
+        peer="192.0.2.1",
+        port=port,
+        payload=payload,
+    )
 
 
 def test_one_handshake_however_often_it_is_sent() -> None:
