@@ -213,15 +213,8 @@ def test_what_is_no_initial() -> None:
 
 def sighting(payload: bytes, time: int = 0, cookie: int = 1, port: int = 443) -> Sighting:
     blank = Sighting._make([0] * len(Sighting._fields))
-    return blank._replace(
-        kind=decode.QUIC_INITIAL,
-        time=time,
-        cookie=cookie,
-        transport="udp",
-        peer="192.0.2.1",
-        port=port,
-        payload=payload,
-    )
+    blank = blank._replace(kind=decode.QUIC_INITIAL, transport="udp", peer="192.0.2.1", port=port)
+    return blank._replace(time=time, cookie=cookie, payload=payload)
 
 
 def test_one_handshake_however_often_it_is_sent() -> None:
