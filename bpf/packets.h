@@ -175,8 +175,14 @@ INLINE int inspect_hello(struct __sk_buff *skb, struct socket *s, struct inspect
 	s->stage = STAGE_HANDSHAKE;
 	s->hello_start = in->start;
 	s->hello_end = in->start + in->end;
-	if (in->at + in->length >= in->end)
-		parcel->flags = RECORD_HEAD_END;
+	if (in->at + in->length < in->end)
+		return 1;
+	parcel->flags = RECORD_HEAD_END;
+	/* Most of a long hello is the key share: copying it would cost more than reading the name did. */
+	if (in->cut && !in->at && in->cut <= CUT_PART && in->length > in->cut_end && in->length - in->cut_end <= CUT_PART) {
+		parcel->cut = in->cut;
+		parcel->cut_end = in->cut_end;
+	}
 	return 1;
 }
 

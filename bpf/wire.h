@@ -169,6 +169,7 @@ enum outcome {
 #define RECORD_PROXIED 2   /* record.flags: behind a CONNECT to an HTTP proxy */
 #define RECORD_HEAD_END 4  /* record.flags: the head, or the ClientHello, ends in this piece */
 #define RECORD_LAST_CHUNK 8 /* record.flags: a chunked body seems to end here */
+#define RECORD_CUT 32      /* record.flags: of the ClientHello's key share only KEY_SHARE_KEPT bytes are there */
 #define RECORD_ABANDONED 16 /* record.flags: nothing more comes of this ClientHello: unreadable, or excluded by its name */
 
 struct record {
@@ -297,6 +298,7 @@ struct tls_call {
  * packets, where the stream comes in pieces.
  * `dots` stands right before `text`, so that a name read backwards from its end is followed by a dot and zeros.
  */
+#define KEY_SHARE_KEPT 128 /* of a post-quantum key share's 1,200 bytes and more: which groups it is of */
 #define PIECE 56
 #define CARRY 8
 struct inspection {
@@ -312,6 +314,8 @@ struct inspection {
 	__u32 end;         /* hello: where the extensions end; head: where the port begins in `text` */
 	__u32 name_length;
 	__u32 name_have;   /* bytes of the name in `text` */
+	__u32 cut;         /* hello: where what nobody reads of a long key share begins, */
+	__u32 cut_end;     /* and where it ends; 0: there is none */
 	__u32 fresh;       /* head: bytes of this piece */
 	__u8 item;         /* hello: enum hello_item */
 	__u8 carried;      /* hello: bytes of the item that earlier pieces brought */

@@ -28,7 +28,7 @@ HELLO_BYTES = 16384  # a hello of more is read as far as that
 SECOND = 1_000_000_000
 
 OK, CLOSED, TIMEOUT = "ok", "closed", "timeout"  # or the word of an alert
-_ENCRYPTED = "encrypted"
+_UNREADABLE = tls.ClientHello("", "", (), "", False, False, False, b"", False)
 
 _new = tuple.__new__
 
@@ -106,7 +106,7 @@ class Handshakes:
         if offset <= have:  # less: sent again, and cut differently
             one.data += payload[have - offset :]
         if offset > have or flags & (decode.HEAD_END | decode.TRUNCATED) or len(one.data) >= HELLO_BYTES:
-            self._read(one)
+            self._read(one, decode.KEY_SHARE_KEPT if flags & decode.CUT else 0xFFFF)
         return over
 
     def answer(self, s: Sighting) -> Handshake | None:
@@ -169,8 +169,8 @@ class Handshakes:
             if not connection.told and (over := self._quic_over(connection)) is not None:
                 yield over
 
-    def _read(self, one: _Open) -> None:
-        one.hello = tls.parse_client_hello(one.data) or tls.ClientHello("", "", (), "", False, False, False, b"", False)
+    def _read(self, one: _Open, kept: int) -> None:
+        one.hello = tls.parse_client_hello(one.data, kept=kept) or _UNREADABLE
         one.data = b""
 
     def _quic_over(self, one: _Quic) -> Handshake | None:

@@ -147,14 +147,14 @@ class _Shape(NamedTuple):
 _shapes: dict[tuple[object, ...], _Shape] = {}
 
 
-def parse_client_hello(data: bytes, quic: bool = False) -> ClientHello | None:
-    """Read the ClientHello at the start of `data`: TLS records or, with `quic`, the bare handshake message."""
+def parse_client_hello(data: bytes, quic: bool = False, kept: int = 0xFFFF) -> ClientHello | None:
+    """Read the ClientHello at the start of `data`: TLS records or, with `quic`, the bare handshake message. Of its key
+    share `kept` bytes are there."""
     message = data if quic else _handshake(data)
     if len(message) < 39 or message[0] != _CLIENT_HELLO:
         return None
     # handshake type 1, length 3, version 2, random 32, then session id, cipher suites, compression, extensions
     end = 4 + (message[1] << 16 | message[2] << 8 | message[3])
-    whole = end <= len(message)
     session = message[39 : 39 + message[38]]
     at = 39 + len(session)
     (legacy,) = _short(message, 4)
@@ -170,12 +170,14 @@ def parse_client_hello(data: bytes, quic: bool = False) -> ClientHello | None:
     name = ""
     versions = protocols = signatures = b""
     post_quantum = ech = resumption = False
-    limit = min(end, len(message))
-    if at + 2 <= limit:
+    if at + 2 <= end:
         at += 2  # the length of all extensions: the message's end says the same
-    while at + 4 <= limit:
+    while at + 4 <= min(end, len(message)):
         kind, size = _two(message, at)
         at += 4
+        if size > kept and kind == _KEY_SHARE:
+            end -= size - kept
+            size = kept
         body = message[at : at + size]
         at += size
         types.append(kind)
@@ -195,9 +197,7 @@ def parse_client_hello(data: bytes, quic: bool = False) -> ClientHello | None:
             resumption = resumption or size > 0
         elif kind == _ECH:
             ech = True
-    if at > limit:
-        whole = False
-
+    whole = at <= end <= len(message)
     key = (quic, legacy, ciphers, tuple(types), versions, protocols, signatures)
     shape = _shapes.get(key)
     if shape is None:

@@ -77,6 +77,7 @@ TALLIES = (
 OUTCOMES = ("", "ok", "refused", "timed_out", "cancelled", "unreachable", "denied", "reset")
 
 RECORD_TRUNCATED, RECORD_PROXIED, RECORD_HEAD_END, RECORD_LAST_CHUNK, RECORD_ABANDONED = 1, 2, 4, 8, 16
+RECORD_CUT, KEY_SHARE_KEPT = 32, 128
 
 Address = c.c_uint8 * 16
 
@@ -202,4 +203,4 @@ assert EXECUTION.size == c.sizeof(Execution)
 
 SOCKET_SIZE = 192
 TLS_KEY_SIZE, TLS_STREAM_SIZE, TLS_CALL_SIZE = 16, 48, 32
-INSPECTION_SIZE = 1236
+INSPECTION_SIZE = 1244

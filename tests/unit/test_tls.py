@@ -176,6 +176,24 @@ def test_a_hello_in_several_records() -> None:
     assert tls.parse_client_hello(pieces) == tls.parse_client_hello(record(whole))
 
 
+def test_a_hello_without_most_of_its_key_share() -> None:
+    """As the kernel hands over a long one."""
+    post_quantum, classical = (0x11EC, 1216), (29, 32)
+    for shares in (
+        [post_quantum, classical],
+        [classical, post_quantum],
+        [(GREASE, 1), classical, (23, 65), post_quantum],
+    ):
+        share = key_share(*shares)
+        data = hello(server_name("cut.example"), share, alpn(b"h2"), versions(0x0304))
+        at = data.index(share) + 4
+        short = data[: at + 128] + data[at + len(share) - 4 :]
+        assert tls.parse_client_hello(short, kept=128) == tls.parse_client_hello(data)
+        cut = tls.parse_client_hello(short[:-1], kept=128)
+        assert cut is not None
+        assert not cut.whole
+
+
 def test_a_hello_cut_off_has_no_ja4() -> None:
     data = hello(server_name("cut.example"), alpn(b"h2"), extension(21, bytes(400)))
     full = tls.parse_client_hello(data)
