@@ -9,6 +9,7 @@ from bench import packets
 from bench.report import Row, single
 from bench.world import cpus, pinned_to
 from exporter.parse import parse_dns, parse_request
+from exporter.tls import parse_client_hello
 
 _NAME = "a-service.of-some.length.example"
 
@@ -18,6 +19,8 @@ def rows(quick: bool) -> Iterator[Row]:
     with pinned_to(cpus()[1]):
         yield _row("parse_dns, query", lambda: parse_dns(query), quick)
         yield _row("parse_dns, answer with 2 addresses", lambda: parse_dns(answer), quick)
+        hello = packets.client_hello(_NAME)
+        yield _row("parse_client_hello, JA4 of a client seen before", lambda: parse_client_hello(hello), quick)
         yield _row("parse_request, 4 fields", lambda: parse_request(packets.HTTP), quick)
 
 
