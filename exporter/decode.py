@@ -76,6 +76,15 @@ class Message(NamedTuple):
     record: bytes  # whole: `whole()` reads it
 
 
+class Step(NamedTuple):
+    """What goes on in a handshake whose beginning says who and where."""
+
+    kind: int  # SERVER_HELLO | HANDSHAKE_END
+    time: int
+    cookie: int
+    payload: bytes
+
+
 _addresses: dict[bytes, str] = {}
 _comms: dict[bytes, str] = {}
 _TRANSPORTS = {6: "tcp", 17: "udp"}
@@ -111,13 +120,18 @@ def _comm(raw: bytes) -> str:
     return text
 
 
-def decode(data: bytes) -> Sighting | Message | None:
+def decode(data: bytes) -> Sighting | Message | Step | None:
     """Read one record. What is too short or of no known kind is counted and None."""
     if len(data) < _size:
         losses.add("decode", "short")
         return None
     kind = data[_KIND]
-    return _message(data, kind) if kind in (QUERY, ANSWER) else whole(data)
+    if kind in (QUERY, ANSWER):
+        return _message(data, kind)
+    if kind in (SERVER_HELLO, HANDSHAKE_END):
+        time, cookie = _TIME_AND_COOKIE(data)
+        return _new(Step, (kind, time, cookie, payload(data)))
+    return whole(data)
 
 
 # Half of all records are DNS messages where names are asked for often, and of a query and its answer one is read.

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from exporter import decode, quic, tls
-from exporter.decode import Sighting
+from exporter.decode import Sighting, Step
 from exporter.events import Tls
 from exporter.health import losses
 
@@ -102,25 +102,35 @@ class Handshakes:
         elif one.hello is not None:
             return over
         one.identity = s.name
+        if not offset and flags & decode.HEAD_END:  # in one piece, as most are
+            one.hello = (
+                tls.parse_client_hello(payload, kept=decode.KEY_SHARE_KEPT if flags & decode.CUT else 0xFFFF)
+                or _UNREADABLE
+            )
+            return over
         have = len(one.data)
         if offset <= have:  # less: sent again, and cut differently
             one.data += payload[have - offset :]
         if offset > have or flags & (decode.HEAD_END | decode.TRUNCATED) or len(one.data) >= HELLO_BYTES:
-            self._read(one, decode.KEY_SHARE_KEPT if flags & decode.CUT else 0xFFFF)
+            one.hello = tls.parse_client_hello(one.data) or _UNREADABLE
+            one.data = b""
         return over
 
-    def answer(self, s: Sighting) -> Handshake | None:
+    def answer(self, s: Step | Sighting) -> Handshake | None:
         """The server's first flight."""
         one = self._open.get(s.cookie)
         if one is None:
             return None
-        if alert := tls.fatal_alert(s.payload):
+        payload = s.payload
+        answer = tls.parse_server_hello(payload)
+        if answer is not None:
+            one.answer = answer
+        elif alert := tls.fatal_alert(payload):
             del self._open[s.cookie]
             return self._over(one, alert, s.time, alert)
-        one.answer = tls.parse_server_hello(s.payload) or one.answer
         return None
 
-    def end(self, s: Sighting) -> Handshake | None:
+    def end(self, s: Step | Sighting) -> Handshake | None:
         """What the client says to it."""
         one = self._open.pop(s.cookie, None)
         if one is None:
@@ -168,10 +178,6 @@ class Handshakes:
             del self._quic[place]
             if not connection.told and (over := self._quic_over(connection)) is not None:
                 yield over
-
-    def _read(self, one: _Open, kept: int) -> None:
-        one.hello = tls.parse_client_hello(one.data, kept=kept) or _UNREADABLE
-        one.data = b""
 
     def _quic_over(self, one: _Quic) -> Handshake | None:
         one.told = True

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from exporter import decode, events
-from exporter.decode import Message, Sighting
+from exporter.decode import Message, Sighting, Step
 from exporter.events import Event, Exchange, Tls, Workload
 from exporter.exchanges import Ended, Exchanges
 from exporter.handshakes import Handshake, Handshakes
@@ -73,7 +73,7 @@ class Join:
     def __len__(self) -> int:
         return len(self._queries) + len(self._exchanges) + len(self._handshakes)
 
-    def add(self, sighting: Sighting | Message) -> Event | None:
+    def add(self, sighting: Sighting | Message | Step) -> Event | None:
         """The event that this sighting completes, if it does."""
         read = self._read.get(sighting.kind)
         if read is None:
@@ -310,11 +310,11 @@ class Join:
         handshake = self._handshakes.hello(s)
         return self._tls(handshake) if handshake is not None else None
 
-    def _server_hello(self, s: Sighting) -> Event | None:
+    def _server_hello(self, s: Step) -> Event | None:
         handshake = self._handshakes.answer(s)
         return self._tls(handshake) if handshake is not None else None
 
-    def _handshake_end(self, s: Sighting) -> Event | None:
+    def _handshake_end(self, s: Step) -> Event | None:
         handshake = self._handshakes.end(s)
         return self._tls(handshake) if handshake is not None else None
 

@@ -89,6 +89,18 @@ _CLIENT_HELLO, _SERVER_HELLO = 1, 2  # handshake types
 # Extensions.
 _SERVER_NAME, _SIGNATURE_ALGORITHMS, _ALPN, _SESSION_TICKET = 0, 13, 16, 35
 _PRE_SHARED_KEY, _SUPPORTED_VERSIONS, _KEY_SHARE, _ECH = 41, 43, 51, 0xFE0D
+_READ = frozenset(
+    (
+        _SERVER_NAME,
+        _SIGNATURE_ALGORITHMS,
+        _ALPN,
+        _SESSION_TICKET,
+        _PRE_SHARED_KEY,
+        _SUPPORTED_VERSIONS,
+        _KEY_SHARE,
+        _ECH,
+    )
+)
 
 # The random of a ServerHello that is a HelloRetryRequest: SHA-256 of those words (RFC 8446 section 4.1.3).
 _RETRY = sha256(b"HelloRetryRequest").digest()
@@ -172,31 +184,33 @@ def parse_client_hello(data: bytes, quic: bool = False, kept: int = 0xFFFF) -> C
     post_quantum = ech = resumption = False
     if at + 2 <= end:
         at += 2  # the length of all extensions: the message's end says the same
-    while at + 4 <= min(end, len(message)):
+    size_of_all = len(message)
+    while at + 4 <= end and at + 4 <= size_of_all:
         kind, size = _two(message, at)
-        at += 4
-        if size > kept and kind == _KEY_SHARE:
-            end -= size - kept
-            size = kept
-        body = message[at : at + size]
-        at += size
         types.append(kind)
-        if kind == _SERVER_NAME:
-            name = _server_name(body)
-        elif kind == _KEY_SHARE:
-            post_quantum = _offers_post_quantum(body)
-        elif kind == _SUPPORTED_VERSIONS:
-            versions = body[1:]
-        elif kind == _ALPN:
-            protocols = body[2:]
-        elif kind == _SIGNATURE_ALGORITHMS:
-            signatures = body[2:]
-        elif kind == _PRE_SHARED_KEY:
-            resumption = True
-        elif kind == _SESSION_TICKET:
-            resumption = resumption or size > 0
-        elif kind == _ECH:
-            ech = True
+        at += 4
+        if kind in _READ:
+            if size > kept and kind == _KEY_SHARE:
+                end -= size - kept
+                size = kept
+            body = message[at : at + size]
+            if kind == _SERVER_NAME:
+                name = _server_name(body)
+            elif kind == _SUPPORTED_VERSIONS:
+                versions = body[1:]
+            elif kind == _KEY_SHARE:
+                post_quantum = _offers_post_quantum(body)
+            elif kind == _ALPN:
+                protocols = body[2:]
+            elif kind == _SIGNATURE_ALGORITHMS:
+                signatures = body[2:]
+            elif kind == _SESSION_TICKET:
+                resumption = resumption or size > 0
+            elif kind == _PRE_SHARED_KEY:
+                resumption = True
+            else:
+                ech = True
+        at += size
     whole = at <= end <= len(message)
     key = (quic, legacy, ciphers, tuple(types), versions, protocols, signatures)
     shape = _shapes.get(key)
@@ -209,8 +223,9 @@ def parse_client_hello(data: bytes, quic: bool = False, kept: int = 0xFFFF) -> C
 
 
 def parse_server_hello(data: bytes) -> ServerHello | None:
-    """Read the ServerHello at the start of `data`, TLS records; None where they begin otherwise."""
-    message = _handshake(data)
+    """Read the ServerHello at the start of `data`, TLS records, behind a warning if there is one (unrecognized_name);
+    None where they begin otherwise."""
+    message = _handshake(data[7:] if data[:1] == b"\x15" and data[3:6] == b"\0\2\1" else data)
     if len(message) < 39 or message[0] != _SERVER_HELLO:
         return None
     end = 4 + (message[1] << 16 | message[2] << 8 | message[3])
@@ -246,13 +261,11 @@ def fatal_alert(data: bytes) -> str:
 def client_alert(data: bytes) -> str:
     """As `fatal_alert`, for what a client sends after the server's first flight. From TLS 1.3 on that is encrypted;
     what is too short to be a Finished can only be an alert, and is called "encrypted"."""
-    alert = fatal_alert(data)
-    if alert:
-        return alert
-    at = 6 if data[:1] == b"\x14" and data[3:5] == b"\0\1" else 0  # change_cipher_spec, for middleboxes' sake
-    if len(data) < at + 5 or data[at] != APPLICATION_DATA:
-        return fatal_alert(data[at:]) if at else ""
-    return "encrypted" if data[at + 3] << 8 | data[at + 4] < _SHORTEST_FINISHED else ""
+    if data[:1] == b"\x14" and data[3:5] == b"\0\1":  # change_cipher_spec, for middleboxes' sake
+        data = data[6:]
+    if len(data) < 5 or data[0] != APPLICATION_DATA:
+        return fatal_alert(data)
+    return "encrypted" if data[3] << 8 | data[4] < _SHORTEST_FINISHED else ""
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------

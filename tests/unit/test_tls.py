@@ -242,6 +242,12 @@ def test_a_server_hello_of_1_2_and_before() -> None:
     )
 
 
+def test_a_server_hello_behind_a_warning() -> None:
+    warning = record(b"\1\x70", 21)
+    assert tls.parse_server_hello(warning + answer()) == tls.parse_server_hello(answer())
+    assert tls.fatal_alert(warning) == ""
+
+
 def test_hello_retry_request() -> None:
     random = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
     data = answer(extension(43, u16s(0x0304)), extension(51, u16s(24)), random=random)
