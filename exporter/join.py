@@ -14,8 +14,8 @@ from typing import Any
 from exporter import decode, events
 from exporter.decode import Message, Sighting, Step
 from exporter.events import Event, Exchange, Tls, Workload
-from exporter.exchanges import Ended, Exchanges
-from exporter.handshakes import Handshake, Handshakes
+from exporter.exchanges import HEADS, OPEN, Ended, Exchanges
+from exporter.handshakes import HANDSHAKES, QUIC_HANDSHAKES, Handshake, Handshakes
 from exporter.health import losses
 from exporter.parse import DnsMessage, parse_dns
 
@@ -69,6 +69,8 @@ class Join:
             decode.HANDSHAKE_END: self._handshake_end,
             decode.QUIC_INITIAL: self._quic_initial,
         }
+
+    room = QUERIES + HEADS + OPEN + HANDSHAKES + QUIC_HANDSHAKES
 
     def __len__(self) -> int:
         return len(self._queries) + len(self._exchanges) + len(self._handshakes)
