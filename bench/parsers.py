@@ -15,6 +15,7 @@ from exporter.emit.resource import Resources
 from exporter.events import Event, Exchange, Tls, Workload
 from exporter.health import Features, Losses
 from exporter.parse import parse_dns, parse_request
+from exporter.tls import parse_client_hello
 
 _NAME = "a-service.of-some.length.example"
 _BATCH = 256
@@ -25,6 +26,8 @@ def rows(quick: bool) -> Iterator[Row]:
     with pinned_to(cpus()[1]):
         yield _row("parse_dns, query", lambda: parse_dns(query), quick)
         yield _row("parse_dns, answer with 2 addresses", lambda: parse_dns(answer), quick)
+        hello = packets.client_hello(_NAME)
+        yield _row("parse_client_hello, JA4 of a client seen before", lambda: parse_client_hello(hello), quick)
         yield _row("parse_request, 4 fields", lambda: parse_request(packets.HTTP), quick)
         for title, events in _events().items():
             metrics = Metrics(Resources("bench"), losses=Losses(), features=Features())

@@ -33,7 +33,11 @@ enum stage {
 	STAGE_HELLO, /* the rest of a ClientHello */
 	STAGE_HEAD,  /* the rest of an HTTP request head */
 	STAGE_HTTP,  /* the next request on this connection */
-	STAGE_DNS,   /* UDP to port 53 */
+	STAGE_ANSWERED, /* TLS: what the client says to the server's first flight, the end of the handshake */
+	STAGE_QUIC,     /* UDP: QUIC's Initial packets */
+	/* from here on what comes in is looked at, too */
+	STAGE_DNS,      /* UDP to port 53 */
+	STAGE_HANDSHAKE, /* TLS: the rest of the ClientHello, and the server's first flight */
 };
 
 INLINE struct socket *known_socket(void *sk)

@@ -143,12 +143,15 @@ enum record_kind {
 	RECORD_CLOSED,
 	RECORD_DNS_QUERY,  /* payload: the message */
 	RECORD_DNS_ANSWER, /* payload: the message */
-	RECORD_HELLO,      /* payload: the reversed name */
+	RECORD_HELLO,      /* payload: a piece of a ClientHello, `offset` bytes into it */
 	RECORD_HEAD,       /* payload: a piece of an HTTP/1 request head, `offset` bytes into it */
 	RECORD_TLS_WRITE,  /* payload: what an application handed to its TLS library, if it looks like HTTP */
 	RECORD_RESPONSE,   /* payload: the first bytes of an answer to an HTTP/1 request; rx_bytes: how many came at once */
 	RECORD_RECEIVED,   /* rx_bytes: so much of the response has come, the last at time_ns */
 	RECORD_TLS_CLOSED, /* the application freed its TLS connection */
+	RECORD_SERVER_HELLO, /* payload: the first bytes of the server's answer to a ClientHello: a ServerHello or an alert */
+	RECORD_HANDSHAKE_END, /* payload: the first bytes of what the client says to that: its Finished, or an alert */
+	RECORD_QUIC_INITIAL,  /* payload: a datagram that begins with a QUIC Initial packet */
 };
 
 enum outcome {
@@ -164,9 +167,11 @@ enum outcome {
 
 #define RECORD_TRUNCATED 1 /* record.flags: the payload is shorter than what was seen */
 #define RECORD_PROXIED 2   /* record.flags: behind a CONNECT to an HTTP proxy */
-#define RECORD_HEAD_END 4  /* record.flags: the head ends in this piece */
+#define RECORD_HEAD_END 4  /* record.flags: the head, or the ClientHello, ends in this piece */
 #define RECORD_LAST_CHUNK 8 /* record.flags: a chunked body seems to end here */
 #define RECORD_EXCLUDED 128 /* record.flags: matched `exclude`; told only because of its port, OTLP's */
+#define RECORD_CUT 32      /* record.flags: of the ClientHello's key share only KEY_SHARE_KEPT bytes are there */
+#define RECORD_ABANDONED 16 /* record.flags: nothing more comes of this ClientHello: unreadable, or excluded by its name */
 
 struct record {
 	__u64 time_ns; /* CLOCK_MONOTONIC, when the thing happened */
@@ -207,6 +212,7 @@ struct execution {
 #define ROOM_MEDIUM 256
 #define ROOM_LARGE 1024
 #define ROOM_HUGE 2048
+#define ROOM_GIANT 4096
 
 /* A socket's identity and progress: socket storage, gone with the socket. Not read by Python; its size is. */
 struct socket {
@@ -234,19 +240,26 @@ struct socket {
 	__u32 retransmits;
 	__u64 response_bytes; /* of the response that is coming in; the last of them */
 	__u64 response_ns;    /* came at this time */
-	__u32 inspected; /* TCP sequence number after the last payload that was looked at */
+	__u32 inspected; /* TCP sequence number after the last payload that was looked at; UDP: Initial packets told */
 	__u32 requests;  /* HTTP/1: begun on this connection, */
 	__u32 answers;   /* and of those, how many had their response begin */
 	__u32 request_start; /* TCP sequence numbers: where the last request began, */
 	__u32 sent_to;       /* what has left ends, */
-	__u32 answer_start;  /* the next response will begin, */
-	__u32 received_to;   /* what has come ends */
+	union {
+		__u32 answer_start; /* the next response will begin, */
+		__u32 hello_start;  /* TLS: the ClientHello begins, */
+	};
+	union {
+		__u32 received_to; /* what has come ends */
+		__u32 hello_end;   /* TLS: the ClientHello ends */
+	};
 	__u32 policy_generation; /* room for the verdict, its rule and the policy it was judged under */
 	__u16 rule;
 	__u8 verdict;
 	__u8 more;     /* written by ingress: more of a response came than was told */
 	__u8 upgraded; /* HTTP is over on this connection (101) */
-	__u8 pad[3];
+	__u8 bare; /* length of a packet without payload, once the first with one has left: whatever is no longer has none */
+	__u8 pad[2];
 };
 
 /* How far an HTTP/1 response has come, by the connection's cookie: for one that does not come in one piece. */
@@ -286,6 +299,7 @@ struct tls_call {
  * packets, where the stream comes in pieces.
  * `dots` stands right before `text`, so that a name read backwards from its end is followed by a dot and zeros.
  */
+#define KEY_SHARE_KEPT 128 /* of a post-quantum key share's 1,200 bytes and more: which groups it is of */
 #define PIECE 56
 #define CARRY 8
 struct inspection {
@@ -301,6 +315,8 @@ struct inspection {
 	__u32 end;         /* hello: where the extensions end; head: where the port begins in `text` */
 	__u32 name_length;
 	__u32 name_have;   /* bytes of the name in `text` */
+	__u32 cut;         /* hello: where what nobody reads of a long key share begins, */
+	__u32 cut_end;     /* and where it ends; 0: there is none */
 	__u32 fresh;       /* head: bytes of this piece */
 	__u8 item;         /* hello: enum hello_item */
 	__u8 carried;      /* hello: bytes of the item that earlier pieces brought */

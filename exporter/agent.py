@@ -279,7 +279,7 @@ class Pipeline:
         for name, used, size in (
             ("flows", len(table), table.flows),
             ("names", len(self.names), 65_536),
-            ("joins", len(self.join), 9216),
+            ("joins", len(self.join), self.join.room),
             ("cgroups", len(self.workloads), 16_384),
             ("ring", int(self.kernel.ring.fill() * self.kernel.ring_bytes), self.kernel.ring_bytes),
         ):

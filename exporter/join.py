@@ -7,14 +7,15 @@ clock is passed in. Not its job: hiding secrets (redact), counting packets (the 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from exporter import decode, events
-from exporter.decode import Message, Sighting
-from exporter.events import Event, Exchange, Workload
-from exporter.exchanges import Ended, Exchanges
+from exporter.decode import Message, Sighting, Step
+from exporter.events import Event, Exchange, Tls, Workload
+from exporter.exchanges import HEADS, OPEN, Ended, Exchanges
+from exporter.handshakes import HANDSHAKES, QUIC_HANDSHAKES, Handshake, Handshakes
 from exporter.health import losses
 from exporter.parse import DnsMessage, parse_dns
 
@@ -50,6 +51,8 @@ class Join:
         self._hidden, self._to_wall = hidden, to_wall
         self._queries: OrderedDict[tuple[int, bytes], Message] = OrderedDict()
         self._exchanges = Exchanges(received)
+        self._handshakes = Handshakes()
+        self._ended: deque[Event] = deque()  # by what ended something else
         self._read: dict[int, Callable[[Any], Event | None]] = {
             decode.OPENED: self._connection,
             decode.FAILED: self._connection,
@@ -62,12 +65,17 @@ class Join:
             decode.RESPONSE: self._exchanges.response,
             decode.RECEIVED: self._exchanges.received,
             decode.TLS_CLOSED: self._exchanges.closed,
+            decode.SERVER_HELLO: self._server_hello,
+            decode.HANDSHAKE_END: self._handshake_end,
+            decode.QUIC_INITIAL: self._quic_initial,
         }
 
-    def __len__(self) -> int:
-        return len(self._queries) + len(self._exchanges)
+    room = QUERIES + HEADS + OPEN + HANDSHAKES + QUIC_HANDSHAKES
 
-    def add(self, sighting: Sighting | Message) -> Event | None:
+    def __len__(self) -> int:
+        return len(self._queries) + len(self._exchanges) + len(self._handshakes)
+
+    def add(self, sighting: Sighting | Message | Step) -> Event | None:
         """The event that this sighting completes, if it does."""
         read = self._read.get(sighting.kind)
         if read is None:
@@ -117,6 +125,8 @@ class Join:
         domain, source = self.name(who, identity, peer, time)
         if closed:
             self._exchanges.closed(s)
+            if (handshake := self._handshakes.closed(s)) is not None:
+                self._ended.append(self._tls(handshake))
         return _new(
             Event,
             (
@@ -170,6 +180,7 @@ class Join:
         headers: tuple[tuple[str, str], ...] = (),
         proxy: str = "",
         exchange: Exchange | None = None,
+        tls: Tls | None = None,
     ) -> Event:
         return _new(
             Event,
@@ -203,7 +214,7 @@ class Join:
                 s.cookie,
                 source != events.ADDRESS and self._hidden(domain),
                 exchange,
-                None,
+                tls,
                 False,
             ),
         )
@@ -297,11 +308,30 @@ class Join:
 
     # --- names and requests ---------------------------------------------------------------------------------------
 
-    def _hello(self, s: Sighting) -> Event:
-        name = s.payload[::-1].decode("ascii", "backslashreplace").rstrip(".").lower()
+    def _hello(self, s: Sighting) -> Event | None:
+        handshake = self._handshakes.hello(s)
+        return self._tls(handshake) if handshake is not None else None
+
+    def _server_hello(self, s: Step) -> Event | None:
+        handshake = self._handshakes.answer(s)
+        return self._tls(handshake) if handshake is not None else None
+
+    def _handshake_end(self, s: Step) -> Event | None:
+        handshake = self._handshakes.end(s)
+        return self._tls(handshake) if handshake is not None else None
+
+    def _quic_initial(self, s: Sighting) -> Event | None:
+        handshake = self._handshakes.initial(s)
+        return self._tls(handshake) if handshake is not None else None
+
+    def _tls(self, handshake: Handshake) -> Event:
+        s, identity, name, whole, status, duration, told = handshake
         who = self._who(s.cgroup)
-        name, source = (name, events.SNI) if name else self.name(who, 0, s.peer, s.time)
-        return self._event(events.TLS, s, who, name, source, proxy=self._proxy(s))
+        if name:
+            source = events.SNI
+        else:  # a hello without a name; or one of which a part is missing, and the kernel has read the name in it
+            name, source = self.name(who, 0 if whole else identity, s.peer, s.time)
+        return self._event(events.TLS, s, who, name, source, status, duration, proxy=self._proxy(s), tls=told)
 
     def _proxy(self, s: Sighting) -> str:
         return f"{s.peer}:{s.port}" if s.flags & decode.PROXIED else ""
@@ -338,8 +368,12 @@ class Join:
     # --- what never got its other half ----------------------------------------------------------------------------
 
     def expire(self, now: int) -> Iterator[Event]:
-        """What is over since the last call without being anybody's event: requests, and queries that were never
-        answered. `now`: CLOCK_MONOTONIC ns."""
+        """What is over since the last call without being anybody's event: requests and handshakes, and queries that
+        were never answered. `now`: CLOCK_MONOTONIC ns."""
+        while self._ended:
+            yield self._ended.popleft()
+        for handshake in self._handshakes.expire(now):
+            yield self._tls(handshake)
         while self._queries:
             place, query = next(iter(self._queries.items()))
             if now - query.time < QUERY_SECONDS * SECOND:

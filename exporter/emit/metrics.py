@@ -230,7 +230,8 @@ class Metrics:
                     tls = event.tls
                     if tls is None:
                         continue
-                    made = (event.transport, tls.quic, tls.version, tls.group, tls.post_quantum, tls.alert, tls.ja4)
+                    error = handshake_error(event)
+                    made = (event.transport, tls.quic, tls.version, tls.group, tls.post_quantum, error, tls.ja4)
                     number = known.fast.get(made if self._ja4 else made[:-1])
                     if number is None:
                         number = self._handshakes(known, made)
@@ -238,7 +239,7 @@ class Metrics:
                     number.last = known.state.last = now
                     if value is None:
                         continue
-                    key = (event.domain or event.dst, tls.version, tls.alert, event.scope, filtered)
+                    key = (event.domain or event.dst, tls.version, error, event.scope, filtered)
                 else:
                     continue
                 histogram = known.fast.get(key)
@@ -398,7 +399,7 @@ class Metrics:
             values = (name, "tcp", event.scope, source, event.role, error)
             return [(_CONNECT, (*values, "" if event.filtered else event.port) if self._port else values)]
         if kind == TLS and tls is not None:
-            return [(_TLS, (name, tls.version, tls.alert, event.scope if event.filtered else ""))]
+            return [(_TLS, (name, tls.version, handshake_error(event), event.scope if event.filtered else ""))]
         if exchange is None:
             return [(_RTT, (event.scope,))]
         port: Value = "" if event.filtered else event.port
@@ -461,6 +462,12 @@ class Metrics:
         histogram.beside(value)
         if self._store.exemplars == ALWAYS_ON:
             histogram.exemplify(Exemplar(value, event.time + (event.duration or 0)))
+
+
+def handshake_error(event: Event) -> str:
+    """error.type of a TLS handshake: its alert, else "closed" or "timeout"; "" where nothing went wrong."""
+    alert = event.tls.alert if event.tls is not None else ""
+    return alert or ("" if event.status in ("", OK) else event.status)
 
 
 def _chosen(variable: str, names: Iterable[str], known: set[str]) -> frozenset[str]:

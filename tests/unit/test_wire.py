@@ -54,7 +54,7 @@ def layout(name: str, kind: type[ctypes.Structure]) -> list[str]:
 def numbers() -> dict[str, int]:
     """Every enumerator and constant that crosses, as Python has it."""
     named = {name: getattr(wire, name) for name in re.findall(r"\b(?:RECORD|FLOW)_[A-Z_]+\b", CODE)}
-    named |= {name: getattr(wire, name) for name in ("LAYOUT_VERSION", "STRIPES", "NAME_SIZE")}
+    named |= {name: getattr(wire, name) for name in ("LAYOUT_VERSION", "STRIPES", "NAME_SIZE", "KEY_SHARE_KEPT")}
     named |= {f"MAP_{name.upper()}": i for i, name in enumerate(wire.MAP_IDS, 1)}
     named |= {f"ROLE_{name.upper()}": i for i, name in enumerate(wire.ROLES)}
     named |= {f"SCOPE_{name.upper()}": i for i, name in enumerate(wire.SCOPES)}
