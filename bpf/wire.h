@@ -311,4 +311,51 @@ struct inspection {
 	__u8 piece[CARRY + PIECE + 80]; /* head: the last bytes of the piece before, then this piece, then zeros */
 };
 
+/* One direction of an HTTP/2 connection: in which frame its byte stream stands. */
+struct frames {
+	__u32 next;   /* TCP sequence number of the next byte, or bytes of plaintext so far */
+	__u32 left;   /* of the frame in progress: payload bytes still to come */
+	__u32 told;   /* bytes of the digest so far */
+	__u32 data;   /* DATA not told yet: its length without padding, */
+	__u32 stream; /* and its stream; 0 = none */
+	__u8 header[32]; /* ten are used; the verifier bounds offset and length apart */
+	__u8 have;    /* bytes of a frame header that earlier pieces brought */
+	__u8 keep;    /* the payload in progress is told */
+	__u8 state;   /* enum walking */
+	__u8 broken;  /* the digest does not continue what was told before */
+	__u8 misses;
+	__u8 pad[3];
+};
+
+struct http2 {
+	struct frames out;
+	struct frames in;
+};
+
+/* The first bytes of the payload of RECORD_FRAMES_*; the digest follows (bpf/lib/frames.h). */
+struct digest {
+	__u64 connection; /* which one: the socket's cookie, or a number for what is inside TLS */
+	__u32 told;       /* bytes of the digest before these */
+	__u32 left;       /* of these, how many end a frame whose beginning was told before; or more than there are */
+	__u8 broken;      /* something is missing between these and the ones before */
+	__u8 tls;
+	__u8 pad[6];
+};
+
+/* A piece of a byte stream being walked, in an entry of SCRATCH. */
+#define DIGEST_MOST 512
+#define DIGEST_CHUNK 256
+struct walk {
+	__u64 memory;   /* the piece in user memory: its address */
+	__u32 base;     /* in a packet: the offset */
+	__u32 length;   /* of the piece */
+	__u32 position; /* how much of it was walked */
+	__u32 used;     /* bytes in `bytes` */
+	__u32 failed;
+	__u32 pad;
+	struct record head;
+	struct digest digest;
+	__u8 bytes[DIGEST_MOST + DIGEST_CHUNK];
+};
+
 #endif

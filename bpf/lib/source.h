@@ -59,9 +59,11 @@ INLINE int read_bytes(struct source *from, u32 offset, void *to, u32 n)
 	__builtin_memcpy(to, from->data + offset, n);
 	return 0;
 }
+#define read_user(address, to, n) (__builtin_memcpy(to, (const void *)(address), n), 0)
 #else
 #define source __sk_buff
 #define read_bytes(from, offset, to, n) bpf_skb_load_bytes(from, offset, to, n)
+#define read_user(address, to, n) bpf_probe_read_user(to, n, (void *)(address))
 #endif
 
 #endif
