@@ -34,6 +34,11 @@ enum map_id {
 	MAP_TLS_STREAMS,
 	MAP_TLS_CALLS,
 	MAP_EXECUTIONS,
+	MAP_HTTP2,
+	MAP_FRAMES_OUT,
+	MAP_FRAMES_IN,
+	MAP_FRAMES_TLS,
+	MAP_TLS_HTTP2,
 };
 
 enum role { ROLE_UNKNOWN, ROLE_CLIENT, ROLE_SERVER };
@@ -130,6 +135,7 @@ enum tally {
 	LOST_HELLO,         /* a ClientHello that could not be read to its end */
 	LOST_SCRATCH,       /* no room to read a name in: the flow stays unnamed */
 	LOST_EXECUTION,     /* no room to say that a program began: the next scan finds it */
+	LOST_FRAMES,        /* HTTP/2: where a frame begins is no longer known */
 	FILTERED_CONNECT,
 	FILTERED_CLOSE,
 	FILTERED_TLS,
@@ -149,6 +155,8 @@ enum record_kind {
 	RECORD_RESPONSE,   /* payload: the first bytes of an answer to an HTTP/1 request; rx_bytes: how many came at once */
 	RECORD_RECEIVED,   /* rx_bytes: so much of the response has come, the last at time_ns */
 	RECORD_TLS_CLOSED, /* the application freed its TLS connection */
+	RECORD_FRAMES_OUT, /* payload: a piece of the digest of an HTTP/2 connection (lib/frames.h), sent */
+	RECORD_FRAMES_IN,  /* and received */
 };
 
 enum outcome {
@@ -165,6 +173,7 @@ enum outcome {
 #define RECORD_TRUNCATED 1 /* record.flags: the payload is shorter than what was seen */
 #define RECORD_PROXIED 2   /* record.flags: behind a CONNECT to an HTTP proxy */
 #define RECORD_HEAD_END 4  /* record.flags: the head ends in this piece */
+#define RECORD_BROKEN 16     /* record.flags: bytes are missing between this piece of a digest and the one before */
 #define RECORD_LAST_CHUNK 8 /* record.flags: a chunked body seems to end here */
 
 struct record {
@@ -191,7 +200,7 @@ struct record {
 	__u32 retransmits;
 	__u32 rtt_us;
 	__u32 offset;
-	__u32 sequence; /* HTTP/1: the how-manieth request of its connection, from 1 */
+	__u32 sequence; /* HTTP/1: the how-manieth request of its connection, from 1; of a digest: see lib/frames.h */
 };
 
 /* What EXECUTIONS carries: a process of the watched subtree became another program. */
@@ -269,15 +278,18 @@ struct tls_stream {
 	__u32 requests;
 	__u32 answers;
 	__u32 more; /* response_bytes came since the last record told them */
-	__u32 pad;
+	__u32 http2;
 };
 
-/* A call that has not returned, by thread and direction, or by goroutine. */
+/* A call that has not returned, by thread and direction, or by goroutine; and what is left to walk of HTTP/2. */
 struct tls_call {
 	__u64 connection;
 	__u64 buffer;
 	__u64 count_at; /* read: where the library says how much it read; 0: it returns that. write: how many bytes */
 	__u64 time_ns;  /* write: when it was called */
+	__u64 sent_at;  /* write: where the library says how much of it was sent; 0: it returns that */
+	__u32 out;      /* walk: what was sent, not received */
+	__u32 pad;
 };
 
 /*
@@ -332,18 +344,8 @@ struct http2 {
 	struct frames in;
 };
 
-/* The first bytes of the payload of RECORD_FRAMES_*; the digest follows (bpf/lib/frames.h). */
-struct digest {
-	__u64 connection; /* which one: the socket's cookie, or a number for what is inside TLS */
-	__u32 told;       /* bytes of the digest before these */
-	__u32 left;       /* of these, how many end a frame whose beginning was told before; or more than there are */
-	__u8 broken;      /* something is missing between these and the ones before */
-	__u8 tls;
-	__u8 pad[6];
-};
-
 /* A piece of a byte stream being walked, in an entry of SCRATCH. */
-#define DIGEST_MOST 512
+#define DIGEST_MOST 1024
 #define DIGEST_CHUNK 256
 struct walk {
 	__u64 memory;   /* the piece in user memory: its address */
@@ -354,8 +356,12 @@ struct walk {
 	__u32 failed;
 	__u32 pad;
 	struct record head;
-	struct digest digest;
 	__u8 bytes[DIGEST_MOST + DIGEST_CHUNK];
+};
+
+union scratch {
+	struct inspection inspection;
+	struct walk walk;
 };
 
 #endif

@@ -23,11 +23,13 @@ OPENED, FAILED, CLOSED, QUERY, ANSWER, HELLO, HEAD, TLS_WRITE = (
     wire.RECORD_TLS_WRITE,
 )
 RESPONSE, RECEIVED, TLS_CLOSED = wire.RECORD_RESPONSE, wire.RECORD_RECEIVED, wire.RECORD_TLS_CLOSED
-TRUNCATED, PROXIED, HEAD_END, LAST_CHUNK = (
+FRAMES_OUT, FRAMES_IN = wire.RECORD_FRAMES_OUT, wire.RECORD_FRAMES_IN
+TRUNCATED, PROXIED, HEAD_END, LAST_CHUNK, BROKEN = (
     wire.RECORD_TRUNCATED,
     wire.RECORD_PROXIED,
     wire.RECORD_HEAD_END,
     wire.RECORD_LAST_CHUNK,
+    wire.RECORD_BROKEN,
 )
 
 _CACHED = 2048
@@ -58,7 +60,7 @@ class Sighting(NamedTuple):
     retransmits: int
     rtt_us: int
     offset: int
-    sequence: int  # HTTP/1: the how-manieth request of its connection, from 1
+    sequence: int  # HTTP/1: the how-manieth request of its connection, from 1; of a digest: see bpf/lib/frames.h
     payload: bytes
 
 

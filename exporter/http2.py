@@ -197,12 +197,12 @@ class Http2(Generic[Context]):
             self._lose(conn, way)
         return out
 
-    def closed(self, connection: int, time: int) -> list[Finished[Context]]:
+    def closed(self, connection: int, time: int, error: str = CLOSED) -> list[Finished[Context]]:
         """The connection has ended: its open requests."""
         conn = self._connections.pop(connection, None)
         if conn is None:
             return []
-        return [self._finish(conn, stream, time, CLOSED) for stream in conn.streams.values()]
+        return [self._finish(conn, stream, time, error) for stream in conn.streams.values()]
 
     def expire(self, now: int) -> Iterator[Finished[Context]]:
         """Requests on which nothing has moved for STREAM_SECONDS. Looks once in ten seconds. `now` as the pieces'
@@ -461,7 +461,7 @@ def _response(stream: _Stream[Any], fields: list[tuple[bytes, bytes]], time: int
             stream.grpc_status = int(value) if 0 < len(value) < 4 and value.isdigit() else None
         elif name == UNKNOWN:
             unknown = True
-    if 100 <= status < 200 or stream.answered:
+    if 100 <= status < 200:
         return
-    if status or unknown:
+    if (status and not stream.status) or (unknown and not stream.answered):
         stream.answered, stream.first, stream.status = True, time, status

@@ -5,6 +5,9 @@
  * in it whole. Of DATA there is the header alone, with the length less its padding; DATA frames of one stream in a row
  * are one header, so that a large body costs one. Other frames are left out.
  *
+ * A record says where in the digest it begins (`offset`), and how many bytes of it end a frame that began in a record
+ * before (`sequence`; more than there are if it goes on), so that whoever misses one can go on with the next.
+ *
  * A piece that is missing ends what is known: the digest then goes on where a later piece begins with a frame, and
  * says so. Bytes missing inside a DATA payload do no harm. Not read: header blocks.
  */
@@ -64,36 +67,37 @@ INLINE u32 frame_stream(const struct frames *f)
 	return ((u32)f->header[5] << 24 | (u32)f->header[6] << 16 | (u32)f->header[7] << 8 | f->header[8]) & 0x7fffffff;
 }
 
-/* Can this be the header of a frame? */
-INLINE int frame_valid(const struct frames *f)
+/*
+ * Can this be the header of a frame? All ones where it can. Without branches, as all that is done with every frame:
+ * verifiers before 6.12 walk every combination of them.
+ */
+INLINE u64 if_valid(const struct frames *f)
 {
-	u64 type = f->header[3], fixed;
-	u32 length = frame_length(f), stream = frame_stream(f);
+	u64 type = f->header[3], length = frame_length(f), known = if_at_most(type, FRAME_CONTINUATION), bit = type & 15;
+	u64 of_none = if_zero(frame_stream(f)), fixed = FRAME_LENGTHS >> (bit * 4) & 15, wrong;
 
-	if (type > FRAME_CONTINUATION) /* an extension (section 5.5) */
-		return length <= 16384;
-	if (f->state == WALK_PREFACE && type != FRAME_SETTINGS)
-		return 0;
-	if ((FRAMES_OF_STREAM >> type & 1) && !stream)
-		return 0;
-	if ((FRAMES_OF_NONE >> type & 1) && stream)
-		return 0;
-	fixed = FRAME_LENGTHS >> (type * 4) & 15;
-	return !fixed || length == fixed;
+	wrong = -(FRAMES_OF_STREAM >> bit & 1) & of_none;
+	wrong |= -(FRAMES_OF_NONE >> bit & 1) & ~of_none;
+	wrong |= ~if_zero(fixed) & ~if_zero(fixed ^ length);
+	wrong &= known;
+	wrong |= ~known & ~if_at_most(length, 16384); /* an extension (section 5.5) */
+	wrong |= if_zero(f->state ^ WALK_PREFACE) & ~if_zero(type ^ FRAME_SETTINGS);
+	return ~wrong;
 }
 
-/* Is it so much like one that a piece may be taken to begin with it, where nothing is known? Not after a loss alone:
- * also for connections that are older than the agent, and those may speak anything. */
-INLINE int frame_evident(const struct frames *f)
+/*
+ * Is it so much like one that a piece may be taken to begin with it where nothing is known? Not after a loss alone: also
+ * on connections that are older than the agent, and those may speak anything.
+ */
+INLINE u64 if_evident(const struct frames *f)
 {
-	u32 length = frame_length(f);
-	u8 type = f->header[3], flags = f->header[4];
+	u64 type = f->header[3], flags = f->header[4], length = frame_length(f), headers, ping, window;
 
-	if (f->header[5] & 0x80) /* reserved, never set */
-		return 0;
-	if (type == FRAME_HEADERS)
-		return length && length <= 16384 && flags & FRAME_END_HEADERS && !(flags & ~0x2d) && f->header[8] & 1;
-	return frame_valid(f) && ((type == FRAME_PING && flags <= 1) || (type == FRAME_WINDOW_UPDATE && !flags));
+	headers = if_zero(type ^ FRAME_HEADERS) & if_zero((flags & ~0x29ULL) ^ FRAME_END_HEADERS) &
+		  if_zero((f->header[8] & 1) ^ 1) & ~if_zero(length) & if_at_most(length, 16384);
+	ping = if_zero(type ^ FRAME_PING) & if_at_most(flags, 1);
+	window = if_zero(type ^ FRAME_WINDOW_UPDATE) & if_zero(flags);
+	return (headers | ping | window) & if_valid(f) & if_zero(f->header[5] & 0x80); /* reserved, never set */
 }
 
 /* What was known is lost. The digest goes on, without a connection to what it held. */
@@ -109,23 +113,8 @@ INLINE void frames_lost(struct frames *f)
 	f->stream = 0;
 }
 
-INLINE void digest_begin(const struct frames *f, struct walk *w)
-{
-	w->used = 0;
-	w->digest.told = f->told;
-	w->digest.left = f->keep ? f->left : 0;
-}
-
-INLINE void digest_end(struct frames *f, struct walk *w)
-{
-	w->digest.broken = f->broken;
-	f->broken = 0;
-	digest_out(w);
-	digest_begin(f, w);
-}
-
-/* Nine bytes at the digest's end. */
-INLINE void tell_header(struct frames *f, struct walk *w, u32 length, u8 type, u8 flags, u32 stream)
+/* Nine bytes at the digest's end; they stay there only where `mask` is all ones. */
+INLINE void tell_header(struct frames *f, struct walk *w, u64 mask, u32 length, u8 type, u8 flags, u32 stream)
 {
 	u64 used = w->used;
 	u8 *to;
@@ -141,53 +130,34 @@ INLINE void tell_header(struct frames *f, struct walk *w, u32 length, u8 type, u
 	to[6] = stream >> 16;
 	to[7] = stream >> 8;
 	to[8] = stream;
-	w->used = used + FRAME_HEADER;
-	f->told += FRAME_HEADER;
+	w->used = used + (FRAME_HEADER & mask);
+	f->told += FRAME_HEADER & mask;
 }
 
-/* DATA that was held back. */
-INLINE void tell_data(struct frames *f, struct walk *w, u8 flags)
+/* A whole header, with the length of the padding behind it if it is one of DATA and padded. */
+INLINE void take_frame(struct frames *f, struct walk *w, u64 data, u64 padded)
 {
-	tell_header(f, w, f->data, FRAME_DATA, flags, f->stream);
-	f->data = 0;
-	f->stream = 0;
-}
+	u64 type = f->header[3], length = frame_length(f), stream = frame_stream(f), padding, net, keep, end, held;
 
-/* A whole DATA header, and the length of the padding behind it if there is one. */
-INLINE void take_data(struct frames *f, struct walk *w)
-{
-	u32 length = frame_length(f), stream = frame_stream(f), padded = f->header[4] & FRAME_PADDED && length;
-	u32 padding = padded ? f->header[9] + 1 : 0;
-
-	f->left = length - padded;
-	f->keep = 0;
-	length = padding < length ? length - padding : 0;
-	if (f->stream && (f->stream != stream || f->data + length > DATA_MOST))
-		tell_data(f, w, 0);
-	f->stream = stream;
-	f->data += length;
-	if (f->header[4] & FRAME_END_STREAM)
-		tell_data(f, w, FRAME_END_STREAM);
-}
-
-INLINE void take_frame(struct frames *f, struct walk *w)
-{
-	u64 type = f->header[3];
-
+	keep = -(FRAMES_TOLD >> (type & 15) & 1) & if_at_most(type, FRAME_CONTINUATION);
+	end = data & -(u64)(f->header[4] & FRAME_END_STREAM);
+	padding = (f->header[9] + 1ULL) & padded;
+	net = (length - padding) & if_at_most(padding, length);
+	/* DATA that was held back goes first, if this cannot be added to it */
+	held = keep | (data & (~if_zero(f->stream ^ stream) | ~if_at_most(f->data + net, DATA_MOST)));
+	held &= ~if_zero(f->stream);
+	tell_header(f, w, held, f->data, FRAME_DATA, 0, f->stream);
+	f->data = (f->data & ~held) + (net & data);
+	f->stream = (f->stream & ~held & ~data) | (stream & data);
+	tell_header(f, w, keep | end, (f->data & data) | (length & ~data), type, f->header[4] & (~data | FRAME_END_STREAM),
+		    stream);
+	f->data &= ~end;
+	f->stream &= ~end;
+	f->left = length - (padded & 1);
+	f->keep = keep & 1;
 	f->state = WALK_ON;
 	f->have = 0;
 	f->misses = 0;
-	if (type == FRAME_DATA) {
-		take_data(f, w);
-		return;
-	}
-	f->left = frame_length(f);
-	f->keep = type <= FRAME_CONTINUATION && FRAMES_TOLD >> type & 1;
-	if (!f->keep)
-		return;
-	if (f->stream)
-		tell_data(f, w, 0);
-	tell_header(f, w, f->left, type, f->header[4], frame_stream(f));
 }
 
 /*
@@ -197,14 +167,13 @@ INLINE void take_frame(struct frames *f, struct walk *w)
 INLINE int frames_step(struct frames *f, struct walk *w, struct source *from, int user)
 {
 	u32 left;
-	u64 take, offset, need;
+	u64 take, offset, need, data, padded;
 
 	RELOAD();
 	if (w->position >= w->length || f->state == WALK_OFF)
 		return 1;
-	if (w->used > DIGEST_MOST - 3 * FRAME_HEADER)
-		digest_end(f, w);
-	RELOAD();
+	if (w->used > DIGEST_MOST - 3 * FRAME_HEADER) /* another run */
+		return 1;
 	left = w->length - w->position;
 	if (f->left) {
 		take = f->left < left ? f->left : left;
@@ -248,16 +217,29 @@ INLINE int frames_step(struct frames *f, struct walk *w, struct source *from, in
 	f->have = offset + take;
 	if (f->have < need)
 		return 0;
+	data = if_zero(f->header[3] ^ FRAME_DATA);
+	padded = data & ~if_zero(f->header[4] & FRAME_PADDED) & ~if_zero(frame_length(f));
 	if (need == FRAME_HEADER) {
-		if (f->state == WALK_SEEK ? !frame_evident(f) : !frame_valid(f)) {
+		if (!(f->state == WALK_SEEK ? if_evident(f) : if_valid(f))) {
 			w->failed = 1;
 			return 1;
 		}
-		if (f->header[3] == FRAME_DATA && f->header[4] & FRAME_PADDED && frame_length(f))
+		if (padded)
 			return 0;
 	}
-	take_frame(f, w);
+	RELOAD();
+	take_frame(f, w, data, padded);
 	return 0;
+}
+
+/* A segment that is wholly payload which is not told: most of a large body is. */
+INLINE int frames_skip(struct frames *f, u32 seq, u32 length)
+{
+	if (f->next != seq || f->keep || f->left < length)
+		return 0;
+	f->left -= length;
+	f->next = seq + length;
+	return 1;
 }
 
 /*
@@ -300,14 +282,19 @@ INLINE int frames_run(struct frames *f, struct walk *w, struct source *from, int
 	if (f->state == WALK_SEEK) /* a piece must begin with a frame */
 		f->have = 0;
 	w->failed = 0;
-	digest_begin(f, w);
+	w->used = 0;
+	w->head.offset = f->told;
+	w->head.sequence = f->keep ? f->left : 0;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < FRAME_STEPS; i++)
 		if (frames_step(f, w, from, user))
 			break;
 	RELOAD();
-	if (w->used)
-		digest_end(f, w);
+	if (w->used) {
+		w->head.flags = (w->head.flags & ~RECORD_BROKEN) | (f->broken ? RECORD_BROKEN : 0);
+		f->broken = 0;
+		digest_out(w);
+	}
 	if (w->failed) {
 		frames_lost(f);
 		f->misses += 1;

@@ -174,9 +174,9 @@ static void digest_out(struct walk *w)
 	if (out.count >= out.room)
 		return;
 	t = &out.to[out.count++];
-	t->told = w->digest.told;
-	t->left = w->digest.left;
-	t->broken = w->digest.broken;
+	t->told = w->head.offset;
+	t->left = w->head.sequence;
+	t->broken = w->head.flags & RECORD_BROKEN;
 	t->piece = out.piece;
 	t->length = w->used;
 	memcpy(t->bytes, w->bytes, w->used);

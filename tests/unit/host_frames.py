@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
-MOST = 768  # of a record's digest: DIGEST_MOST + DIGEST_CHUNK
+MOST = 1280  # of a record's digest: DIGEST_MOST + DIGEST_CHUNK
 
 OFF, FIRST, START, MIDWAY, ON, SEEK = range(6)  # enum walking
 
