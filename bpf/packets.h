@@ -10,14 +10,11 @@
 #ifndef EBFW_PACKETS_H
 #define EBFW_PACKETS_H
 
-#include "tcp.h"
+#include "http2.h"
 #include "lib/head.h"
 
 #define SOCKET_RAW 3 /* SOCK_RAW */
 #define HEAD_LIMIT 8192
-
-#define OUT 1
-#define IN 0
 
 INLINE void count_packet(struct __sk_buff *skb, struct traffic *t, int out)
 {
@@ -131,8 +128,8 @@ INLINE void named(struct socket *s, struct inspection *in, u64 evidence)
 	s->stride = 0;
 }
 
-/* What do these first bytes begin: a ClientHello, an HTTP request, or nothing that we read? */
-INLINE u8 classify(struct __sk_buff *skb, const struct packet *p, u8 stage)
+/* What do these first bytes begin: a ClientHello, an HTTP request, or nothing that we read? `older`: than the agent. */
+INLINE u8 classify(struct __sk_buff *skb, const struct packet *p, u8 stage, int older)
 {
 	u32 word = 0;
 
@@ -141,6 +138,8 @@ INLINE u8 classify(struct __sk_buff *skb, const struct packet *p, u8 stage)
 			return STAGE_DONE;
 		if (is_method(word))
 			return STAGE_HEAD;
+		if (stage == STAGE_FIRST && word == FOUR('P', 'R', 'I', ' '))
+			return STAGE_HTTP2;
 	} else {
 		if (bpf_skb_load_bytes(skb, p->payload, &word, 1))
 			return STAGE_DONE;
@@ -149,6 +148,8 @@ INLINE u8 classify(struct __sk_buff *skb, const struct packet *p, u8 stage)
 	}
 	if (stage == STAGE_HTTP)
 		return STAGE_HTTP;
+	if (older && !(word & 0xff)) /* a frame of less than 64 KiB */
+		return STAGE_MIDWAY;
 	return (word & 0xff) == 0x16 ? STAGE_HELLO : STAGE_DONE;
 }
 
@@ -310,9 +311,11 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 		/* a request sent again is no second request */
 		if (s->flags & S_INSPECTED && (s32)(p->seq + p->length - s->inspected) <= 0)
 			return;
-		s->stage = s->upgraded ? STAGE_DONE : classify(skb, p, s->stage);
+		s->stage = s->upgraded ? STAGE_DONE : classify(skb, p, s->stage, !s->opened_ns);
 		if (s->stage == STAGE_DONE || s->stage == STAGE_HELLO)
 			s->flags &= ~S_HTTP; /* after an upgrade or a CONNECT */
+		if (s->stage == STAGE_HTTP2 || s->stage == STAGE_MIDWAY)
+			begin_http2(sk, s, p->seq, s->stage == STAGE_MIDWAY);
 		if (s->stage != STAGE_HELLO && s->stage != STAGE_HEAD)
 			return;
 		if (s->stage == STAGE_HEAD)
@@ -440,6 +443,14 @@ INLINE void set_local(struct socket *s, struct bpf_sock *sk)
 
 #define SYN_AT_MOST 120 /* IPv6 header and a full TCP header: a longer SYN carries data (TCP Fast Open) */
 
+/* Ends the program, unless the other one is missing. */
+INLINE void frames_out(struct __sk_buff *skb, struct socket *s)
+{
+	tail_call(skb, MAP(FRAMES_OUT), 0);
+	s->stage = STAGE_DONE;
+	s->flags &= ~S_HTTP2;
+}
+
 INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s)
 {
 	struct packet p = {};
@@ -478,7 +489,7 @@ INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct so
 		parcel.length = p.length;
 	} else if (s->stage == STAGE_QUIC) {
 		inspect_datagram(skb, s, &p, &parcel);
-	} else if (s->stage && p.length && p.transport == PROTO_TCP) {
+	} else if (s->stage && s->stage != STAGE_HTTP2 && p.length && p.transport == PROTO_TCP) {
 		if (s->stage == STAGE_HANDSHAKE || s->stage == STAGE_ANSWERED)
 			handshake_out(s, &p, &parcel);
 		else
@@ -495,6 +506,8 @@ INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct so
 		tell_datagram(s);
 	if (s->flags & S_DETOUR)
 		s->flags = (s->flags & ~S_DETOUR) | S_RETURN;
+	if (s->stage == STAGE_HTTP2)
+		frames_out(skb, s);
 	return 1;
 }
 
@@ -513,6 +526,15 @@ INLINE int packet_out(struct __sk_buff *skb)
 		if (t) {
 			count_packet(skb, t, OUT);
 			s->tx_bytes += skb->len;
+			return 1;
+		}
+	}
+	if (s && s->stage == STAGE_HTTP2 && s->stride) {
+		t = stripe(s->slot, s->generation, s->stride);
+		if (t) {
+			count_packet(skb, t, OUT);
+			s->tx_bytes += skb->len;
+			frames_out(skb, s);
 			return 1;
 		}
 	}
@@ -659,6 +681,8 @@ INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct soc
 	if (t)
 		count_packet(skb, t, IN);
 	ADD(s->rx_bytes, skb->len);
+	if (s->flags & S_HTTP2)
+		tail_call(skb, MAP(FRAMES_IN), 0);
 	return 1;
 }
 
@@ -672,11 +696,20 @@ INLINE int packet_in(struct __sk_buff *skb)
 		return 1;
 	s = known_socket(sk);
 	if (s && (s->stage < STAGE_DNS || skb->len <= s->bare) && s->stride &&
-	    !(s->flags & (S_CONNECTING | S_UNCONNECTED | S_DETOUR | S_RETURN | S_HTTP))) {
+	    !(s->flags & (S_CONNECTING | S_UNCONNECTED | S_DETOUR | S_RETURN | S_HTTP | S_HTTP2))) {
 		t = stripe(s->slot, s->generation, s->stride);
 		if (t) {
 			count_packet(skb, t, IN);
 			ADD(s->rx_bytes, skb->len);
+			return 1;
+		}
+	}
+	if (s && s->flags & S_HTTP2 && s->stride) {
+		t = stripe(s->slot, s->generation, s->stride);
+		if (t) {
+			count_packet(skb, t, IN);
+			ADD(s->rx_bytes, skb->len);
+			tail_call(skb, MAP(FRAMES_IN), 0);
 			return 1;
 		}
 	}

@@ -34,6 +34,11 @@ enum map_id {
 	MAP_TLS_STREAMS,
 	MAP_TLS_CALLS,
 	MAP_EXECUTIONS,
+	MAP_HTTP2,
+	MAP_FRAMES_OUT,
+	MAP_FRAMES_IN,
+	MAP_FRAMES_TLS,
+	MAP_TLS_HTTP2,
 };
 
 enum role { ROLE_UNKNOWN, ROLE_CLIENT, ROLE_SERVER };
@@ -130,6 +135,7 @@ enum tally {
 	LOST_HELLO,         /* a ClientHello that could not be read to its end */
 	LOST_SCRATCH,       /* no room to read a name in: the flow stays unnamed */
 	LOST_EXECUTION,     /* no room to say that a program began: the next scan finds it */
+	LOST_FRAMES,        /* HTTP/2: where a frame begins is no longer known */
 	FILTERED_CONNECT,
 	FILTERED_CLOSE,
 	FILTERED_TLS,
@@ -152,6 +158,8 @@ enum record_kind {
 	RECORD_SERVER_HELLO, /* payload: the first bytes of the server's answer to a ClientHello: a ServerHello or an alert */
 	RECORD_HANDSHAKE_END, /* payload: the first bytes of what the client says to that: its Finished, or an alert */
 	RECORD_QUIC_INITIAL,  /* payload: a datagram that begins with a QUIC Initial packet */
+	RECORD_FRAMES_OUT, /* payload: a piece of the digest of an HTTP/2 connection (lib/frames.h), sent */
+	RECORD_FRAMES_IN,  /* and received */
 };
 
 enum outcome {
@@ -168,6 +176,7 @@ enum outcome {
 #define RECORD_TRUNCATED 1 /* record.flags: the payload is shorter than what was seen */
 #define RECORD_PROXIED 2   /* record.flags: behind a CONNECT to an HTTP proxy */
 #define RECORD_HEAD_END 4  /* record.flags: the head, or the ClientHello, ends in this piece */
+#define RECORD_BROKEN 64     /* record.flags: bytes are missing between this piece of a digest and the one before */
 #define RECORD_LAST_CHUNK 8 /* record.flags: a chunked body seems to end here */
 #define RECORD_EXCLUDED 128 /* record.flags: matched `exclude`; told only because of its port, OTLP's */
 #define RECORD_CUT 32      /* record.flags: of the ClientHello's key share only KEY_SHARE_KEPT bytes are there */
@@ -197,7 +206,7 @@ struct record {
 	__u32 retransmits;
 	__u32 rtt_us;
 	__u32 offset;
-	__u32 sequence; /* HTTP/1: the how-manieth request of its connection, from 1 */
+	__u32 sequence; /* HTTP/1: the how-manieth request of its connection, from 1; of a digest: see lib/frames.h */
 };
 
 /* What EXECUTIONS carries: a process of the watched subtree became another program. */
@@ -283,15 +292,18 @@ struct tls_stream {
 	__u32 requests;
 	__u32 answers;
 	__u32 more; /* response_bytes came since the last record told them */
-	__u32 pad;
+	__u32 http2;
 };
 
-/* A call that has not returned, by thread and direction, or by goroutine. */
+/* A call that has not returned, by thread and direction, or by goroutine; and what is left to walk of HTTP/2. */
 struct tls_call {
 	__u64 connection;
 	__u64 buffer;
 	__u64 count_at; /* read: where the library says how much it read; 0: it returns that. write: how many bytes */
 	__u64 time_ns;  /* write: when it was called */
+	__u64 sent_at;  /* write: where the library says how much of it was sent; 0: it returns that */
+	__u32 out;      /* walk: what was sent, not received */
+	__u32 pad;
 };
 
 /*
@@ -326,6 +338,47 @@ struct inspection {
 	__u8 pad[3];
 	__u8 carry[16];    /* hello: the item being read */
 	__u8 piece[CARRY + PIECE + 80]; /* head: the last bytes of the piece before, then this piece, then zeros */
+};
+
+/* One direction of an HTTP/2 connection: in which frame its byte stream stands. */
+struct frames {
+	__u32 next;   /* TCP sequence number of the next byte, or bytes of plaintext so far */
+	__u32 left;   /* of the frame in progress: payload bytes still to come */
+	__u32 told;   /* bytes of the digest so far */
+	__u32 data;   /* DATA not told yet: its length without padding, */
+	__u32 stream; /* and its stream; 0 = none */
+	__u8 header[32]; /* ten are used; the verifier bounds offset and length apart */
+	__u8 have;    /* bytes of a frame header that earlier pieces brought */
+	__u8 keep;    /* the payload in progress is told */
+	__u8 state;   /* enum walking */
+	__u8 broken;  /* the digest does not continue what was told before */
+	__u8 misses;
+	__u8 pad[3];
+};
+
+struct http2 {
+	struct frames out;
+	struct frames in;
+};
+
+/* A piece of a byte stream being walked, in an entry of SCRATCH. */
+#define DIGEST_MOST 1024
+#define DIGEST_CHUNK 256
+struct walk {
+	__u64 memory;   /* the piece in user memory: its address */
+	__u32 base;     /* in a packet: the offset */
+	__u32 length;   /* of the piece */
+	__u32 position; /* how much of it was walked */
+	__u32 used;     /* bytes in `bytes` */
+	__u32 failed;
+	__u32 pad;
+	struct record head;
+	__u8 bytes[DIGEST_MOST + DIGEST_CHUNK];
+};
+
+union scratch {
+	struct inspection inspection;
+	struct walk walk;
 };
 
 #endif

@@ -25,14 +25,16 @@ OPENED, FAILED, CLOSED, QUERY, ANSWER, HELLO, HEAD, TLS_WRITE, SERVER_HELLO, HAN
     wire.RECORD_HANDSHAKE_END,
     wire.RECORD_QUIC_INITIAL,
 )
-TRUNCATED, PROXIED, HEAD_END, ABANDONED = (
+TRUNCATED, PROXIED, HEAD_END, ABANDONED, BROKEN = (
     wire.RECORD_TRUNCATED,
     wire.RECORD_PROXIED,
     wire.RECORD_HEAD_END,
     wire.RECORD_ABANDONED,
+    wire.RECORD_BROKEN,
 )
 EXCLUDED = wire.RECORD_EXCLUDED
 RESPONSE, RECEIVED, TLS_CLOSED = wire.RECORD_RESPONSE, wire.RECORD_RECEIVED, wire.RECORD_TLS_CLOSED
+FRAMES_OUT, FRAMES_IN = wire.RECORD_FRAMES_OUT, wire.RECORD_FRAMES_IN
 LAST_CHUNK = wire.RECORD_LAST_CHUNK
 CUT, KEY_SHARE_KEPT = wire.RECORD_CUT, wire.KEY_SHARE_KEPT
 
@@ -64,7 +66,7 @@ class Sighting(NamedTuple):
     retransmits: int
     rtt_us: int
     offset: int
-    sequence: int  # HTTP/1: the how-manieth request of its connection, from 1
+    sequence: int  # HTTP/1: the how-manieth request of its connection, from 1; of a digest: see bpf/lib/frames.h
     payload: bytes
 
 

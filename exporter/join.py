@@ -14,10 +14,11 @@ from typing import Any
 from exporter import decode, events
 from exporter.decode import Message, Sighting, Step
 from exporter.events import Event, Exchange, Tls, Workload
-from exporter.exchanges import HEADS, OPEN, Ended, Exchanges
+from exporter.exchanges import ERRORS, HEADS, OPEN, Ended, Exchanges, valid_traceparent
 from exporter.handshakes import HANDSHAKES, QUIC_HANDSHAKES, Handshake, Handshakes
 from exporter.health import losses
-from exporter.parse import DnsMessage, parse_dns
+from exporter.http2 import UNFINISHED, Finished, Http2
+from exporter.parse import DnsMessage, parse_dns, split_authority
 
 QUERIES = 8192  # open at once; a query is given up after QUERY_SECONDS
 QUERY_SECONDS = 5
@@ -53,6 +54,8 @@ class Join:
         self._exchanges = Exchanges(received)
         self._handshakes = Handshakes()
         self._ended: deque[Event] = deque()  # by what ended something else
+        self._http2: Http2[Sighting] = Http2()
+        self._finished: list[Finished[Sighting]] = []
         self._read: dict[int, Callable[[Any], Event | None]] = {
             decode.OPENED: self._connection,
             decode.FAILED: self._connection,
@@ -64,16 +67,18 @@ class Join:
             decode.TLS_WRITE: self._exchanges.tls_head,
             decode.RESPONSE: self._exchanges.response,
             decode.RECEIVED: self._exchanges.received,
-            decode.TLS_CLOSED: self._exchanges.closed,
+            decode.TLS_CLOSED: self._closed,
             decode.SERVER_HELLO: self._server_hello,
             decode.HANDSHAKE_END: self._handshake_end,
             decode.QUIC_INITIAL: self._quic_initial,
+            decode.FRAMES_OUT: self._frames,
+            decode.FRAMES_IN: self._frames,
         }
 
     room = QUERIES + HEADS + OPEN + HANDSHAKES + QUIC_HANDSHAKES
 
     def __len__(self) -> int:
-        return len(self._queries) + len(self._exchanges) + len(self._handshakes)
+        return len(self._queries) + len(self._exchanges) + len(self._handshakes) + len(self._http2)
 
     def add(self, sighting: Sighting | Message | Step) -> Event | None:
         """The event that this sighting completes, if it does."""
@@ -124,7 +129,7 @@ class Join:
         who = self._who(cgroup)
         domain, source = self.name(who, identity, peer, time)
         if closed:
-            self._exchanges.closed(s)
+            self._closed(s)
             if (handshake := self._handshakes.closed(s)) is not None:
                 self._ended.append(self._tls(handshake))
         return _new(
@@ -365,6 +370,55 @@ class Join:
         for (cgroup, method, kind), count in counts.items():
             yield self._who(cgroup), method, kind, count  # the kinds are called like the schemes
 
+    def _closed(self, s: Sighting) -> None:
+        self._exchanges.closed(s)
+        self._finished += self._http2.closed(s.cookie, s.time, ERRORS.get(s.outcome, "connection_closed"))
+
+    def _frames(self, s: Sighting) -> None:
+        self._finished += self._http2.add(
+            s.cookie,
+            s.kind == decode.FRAMES_OUT,
+            s.offset,
+            s.sequence,
+            bool(s.flags & decode.BROKEN),
+            s.payload,
+            s.time,
+            s,
+        )
+
+    def _http2_exchange(self, done: Finished[Sighting]) -> Event:
+        s = done.context
+        who = self._who(s.cgroup)
+        inside = s.cookie >> 63  # what TLS libraries were handed: no socket has such a number
+        domain, source = split_authority(done.authority)[0], events.HOST
+        if not domain:
+            domain, source = self.name(who, s.name, s.peer, s.time)
+        return self._event(
+            events.HTTPS if inside else events.HTTP,
+            s,
+            who,
+            domain,
+            source,
+            duration=None if done.error == UNFINISHED else done.ended - done.began,
+            method=done.method,
+            path=done.path,
+            headers=done.headers,
+            proxy=self._proxy(s),
+            exchange=Exchange(
+                "2",
+                "https" if inside else "http",
+                done.status,
+                done.error,
+                done.first_byte - done.began if done.first_byte is not None else None,
+                done.request_size,
+                done.response_size,
+                done.grpc_status,
+                valid_traceparent(done.traceparent),
+                done.sequence,
+                done.partial,
+            ),
+        )
+
     # --- what never got its other half ----------------------------------------------------------------------------
 
     def expire(self, now: int) -> Iterator[Event]:
@@ -390,3 +444,7 @@ class Join:
         ended, self._exchanges.ended = self._exchanges.ended, []
         for one in ended:
             yield self._exchange(one)
+        self._finished += self._http2.expire(now)
+        finished, self._finished = self._finished, []
+        for done in finished:
+            yield self._http2_exchange(done)
