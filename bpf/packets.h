@@ -345,7 +345,8 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 	}
 	s->inspected = p->seq + p->length;
 	s->flags |= S_INSPECTED;
-	s->bare = skb->len - p->length;
+	if (!(s->flags & S_CONNECTING)) /* a SYN has more options than what follows */
+		s->bare = skb->len - p->length;
 	/*
 	 * From here on the segment is described in map memory alone. In registers the verifier would go on with the
 	 * bounds of each of the dozens of paths that lead here, and verify the rest once for each.

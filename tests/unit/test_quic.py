@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -252,6 +254,12 @@ def test_unreadable_ones_are_counted_and_the_table_is_bounded() -> None:
         all_.initial(sighting(half, cookie=cookie))
     assert len(all_) == QUIC_HANDSHAKES
     assert losses.snapshot()["join", "handshakes_full"] == before.get(("join", "handshakes_full"), 0) + 23
+
+
+def test_decryption_is_imported_when_it_is_needed() -> None:
+    """It would cost every host several megabytes."""
+    check = "import sys; import exporter.join; sys.exit('cryptography' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
 # --- hostile bytes ----------------------------------------------------------------------------------------------------
