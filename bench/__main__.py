@@ -29,7 +29,7 @@ def _sections() -> dict[str, tuple[str, Callable[[bool], Iterator[Row]]]]:
         "memory": ("what the agent's process uses: memory", memory.rows),
         "maps": ("what the maps take, and reading them", tables.rows),
         "start": ("from start to attached", start.rows),
-        "parsers": ("the parsers", parsers.rows),
+        "parsers": ("single steps in Python", parsers.rows),
         "spans": ("what a span costs", spans.rows),
     }
 

@@ -144,6 +144,7 @@ class Pipeline:
         self.watching = True
         self.met: set[int] = set()  # processes of the events since the last tick
         self.hellos: list[int] = []  # and those of the TLS connections among them
+        self.filtered: dict[str, int] = {}  # what the kernel did not tell, by kind
         self.looked_at: set[int] = set()  # for what they say of their workload
         self.next_fold = self.next_housekeeping = self.next_clock = 0.0
         metrics.gauge("ebfw.build.info", 1, version=__version__, kernel=platform.release())
@@ -229,9 +230,12 @@ class Pipeline:
                 self.metrics.count("ebfw.tls.connections", connections, coverage=coverage)
         for (stage, cause), total in self.kernel.tallies().items():
             if stage == "filtered":
-                self.metrics.set_total("ebfw.filtered", total, kind=cause)
+                # Some are filtered here, by name, and counted as they are: these come on top.
+                self.metrics.count("ebfw.filtered", total - self.filtered.get(cause, 0), kind=cause)
+                self.filtered[cause] = total
             else:
                 losses.raise_to(stage, cause, total)  # type: ignore[arg-type]  # stages of wire.TALLIES
+        self.metrics.active_requests(self.join.open_requests())
 
     def flow(self, key: maps.FlowKey) -> Flow:
         """A kernel row in words."""
@@ -275,7 +279,7 @@ class Pipeline:
         for name, used, size in (
             ("flows", len(table), table.flows),
             ("names", len(self.names), 65_536),
-            ("joins", len(self.join), 9216),
+            ("joins", len(self.join), self.join.room),
             ("cgroups", len(self.workloads), 16_384),
             ("ring", int(self.kernel.ring.fill() * self.kernel.ring_bytes), self.kernel.ring_bytes),
         ):
@@ -389,7 +393,7 @@ def check(settings: Settings) -> int:
     """Say what this host allows, and the size of every map; 0 if the agent can run."""
     root = find_root()
     scope_of(settings, root)
-    return preflight.report(
+    status = preflight.report(
         settings.cgroup,
         root,
         root_problem(root),
@@ -398,3 +402,18 @@ def check(settings: Settings) -> int:
         settings.ring_bytes,
         sys.stdout,
     )
+    _report_series(settings)
+    return status
+
+
+def _report_series(settings: Settings) -> None:
+    """What the agent that runs now, if one does, keeps for Prometheus."""
+    found = prometheus.series_of(*settings.metrics_addr) if settings.metrics_addr and settings.metrics_addr[1] else None
+    if found is None:
+        return
+    print(
+        f"\nseries: {sum(found.values()):,} instruments of workloads; a histogram counts once, its buckets come on top"
+    )
+    for name, count in sorted(found.items(), key=lambda pair: -pair[1]):
+        if count:
+            print(f"  {name:<40} {count:>7,}")

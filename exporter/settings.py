@@ -136,7 +136,7 @@ class Settings:
     second in which the agent does not run at 10,000 events a second; the agent maps it, so it counts as its memory."""
 
     uprobes: bool = True
-    """Attach to OpenSSL to see requests inside TLS. Without it HTTPS is names and bytes only."""
+    """Attach to TLS libraries to see requests inside TLS. Without it HTTPS is names and bytes only."""
 
     persist: bool = False
     """Leave programs, links and maps pinned at a clean exit: counting goes on without the agent."""

@@ -244,6 +244,9 @@ def test_metrics(seen: Seen, world: World) -> None:
     assert page.rows("ebfw_workload_info", k8s_pod_uid=POD_UID, container_id=CONTAINER_ID)
     assert page.rows("ebfw_workload_info", ebfw_systemd_unit="web.service", service_name="web.service")
     assert page.total("ebfw_events_total", kind="https") == 2
+    assert page.total("http_client_request_duration_seconds_count", http_response_status_code="200", **shop) == 5
+    assert page.total("http_client_active_requests", **shop) == 0
+    assert page.total("ebfw_tcp_open_connections", **shop) == 0
     assert page.total("ebfw_attribution_total", result="miss") == 0
     assert not [row for row in page.rows("ebfw_records_lost_total") if row.value]
 
