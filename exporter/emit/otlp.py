@@ -139,10 +139,12 @@ class Otlp:
 
     def _request(self, event: Event) -> Context | None:
         """Make a request a candidate. Returns where in a trace its log record belongs, if it is to have one."""
-        with self._lock:
-            for told in self._setups.add(event):
-                self._offer(told)
-            setup = self._setups.of(event.cookie)
+        setup = None
+        if event.cookie in self._setups:
+            with self._lock:
+                for told in self._setups.add(event):
+                    self._offer(told)
+                setup = self._setups.of(event.cookie)
         exchange = event.exchange
         if exchange is None or self._instrumented.traces(event.workload):
             return None

@@ -18,6 +18,7 @@ from exporter.emit.trace_context import Context
 from exporter.events import Event
 
 _CANDIDATES = 4096
+_random = random.random
 _RATIO_BITS = 1 << 64
 
 
@@ -87,7 +88,7 @@ class Budget:
                 self._count += 1
                 return chosen
             self._dropped += item.weight
-            place = int(random.random() * share.came)
+            place = int(_random() * share.came)
             if place < len(share.items):
                 self._dropped += share.items[place].weight - item.weight
                 share.items[place] = item

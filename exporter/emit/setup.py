@@ -82,9 +82,14 @@ class Setups:
         self._lookups: dict[tuple[int | str, str], Event] = {}
         self._waiting: dict[int, Setup] = {}
         self._told: dict[int, Setup] = {}
+        self._over: dict[int, int] = {}  # of these, cookies of connections that have ended, and when
 
     def __len__(self) -> int:
         return len(self._lookups) + len(self._waiting) + len(self._told)
+
+    def __contains__(self, cookie: int) -> bool:
+        """Whether a request of this connection concerns us. Any thread may ask."""
+        return cookie in self._waiting or cookie in self._told
 
     def add(self, event: Event) -> list[Setup]:
         """Take one event; the set-ups that are complete now and worth telling."""
@@ -106,7 +111,9 @@ class Setups:
         if kind == CLOSE:
             waiting = self._waiting.pop(event.cookie, None)
             told = self._finish(waiting) if waiting is not None else []
-            self._told.pop(event.cookie, None)
+            if event.cookie in self._told:
+                # Not forgotten yet: the last request is told when its response is known to be over.
+                self._over[event.cookie] = event.time
             return told
         return []
 
@@ -123,6 +130,12 @@ class Setups:
                 break
             del self._waiting[cookie]
             told += self._finish(setup)
+        while self._over:
+            cookie, ended = next(iter(self._over.items()))
+            if 0 <= now_ns - ended < WAIT_NS:
+                break
+            del self._over[cookie]
+            self._told.pop(cookie, None)
         while self._lookups:
             place, event = next(iter(self._lookups.items()))
             if 0 <= now_ns - event.time < WAIT_NS:
@@ -165,6 +178,8 @@ class Setups:
         setup.trace_id, setup.span_id = random.randbytes(16), random.randbytes(8)
         if setup.cookie and setup.main.status in ("", OK):
             if len(self._told) >= _TOLD:
-                del self._told[next(iter(self._told))]
+                oldest = next(iter(self._told))
+                del self._told[oldest]
+                self._over.pop(oldest, None)
             self._told[setup.cookie] = setup
         return [setup]

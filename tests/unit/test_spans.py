@@ -332,6 +332,10 @@ def test_d11_each_request_of_the_connection_has_a_link() -> None:
     found.kept = False  # the budget left it out: a link would lead nowhere
     assert not encoded([Request(REQUEST, found)])[0].links
     setups.add(EVENT._replace(kind="close"))
+    assert setups.of(EVENT.cookie) is found  # the last request is told after the end
+    setups.expire(EVENT.time + setup.WAIT_NS - 1)
+    assert setups.of(EVENT.cookie) is found
+    setups.expire(EVENT.time + setup.WAIT_NS)
     assert setups.of(EVENT.cookie) is None
 
 
