@@ -24,7 +24,7 @@ from exporter.emit.metrics import Metrics
 from exporter.emit.otlp import Otlp
 from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
-from exporter.enrich import ContainerNames, HiddenNames, Names, Workloads, find_root, root_problem
+from exporter.enrich import ContainerNames, HiddenNames, Names, PeerGroups, Workloads, find_root, root_problem
 from exporter.errors import SettingsError
 from exporter.events import Counts, Event, Flow
 from exporter.health import losses
@@ -52,6 +52,7 @@ def run(settings: Settings) -> int:
     root = find_root()
     cgroup = scope_of(settings, root)
     kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
+    groups = PeerGroups(settings.peer_groups) if settings.peer_groups else None  # a mistake costs nothing yet
     resources = Resources(platform.node(), settings.node_name, __version__, settings.otel)
     metrics = Metrics(resources)
     unready = ["the programs are not attached yet"]  # why /readyz says no, in its one place; "" = ready
@@ -67,7 +68,7 @@ def run(settings: Settings) -> int:
             time.monotonic() - started,
             "adopted" if kernel.adopted_programs else "counters adopted" if kernel.adopted_maps else "new",
         )
-        pipeline = Pipeline(settings, root, kernel, resources, metrics, unready)
+        pipeline = Pipeline(settings, root, kernel, resources, metrics, unready, groups)
         unready[0] = ""
         try:
             pipeline.run()
@@ -91,8 +92,9 @@ class Pipeline:
         resources: Resources,
         metrics: Metrics,
         unready: list[str] | None = None,
+        groups: PeerGroups | None = None,
     ) -> None:
-        self.kernel, self.metrics = kernel, metrics
+        self.kernel, self.metrics, self.groups = kernel, metrics, groups
         self.unready = unready or [""]
         self.clock = Clock()
         self.containers = ContainerNames()
@@ -145,7 +147,11 @@ class Pipeline:
     def tell(self, events: list[Event]) -> None:
         """Events to every way out, their secrets hidden."""
         observe, write, emit, options = self.metrics.observe, self.console.write, self.otlp.emit, self.redaction
-        for event in events:
+        counted, groups = events, self.groups
+        if groups is not None:
+            events = [event if event.filtered else groups.tag(event) for event in events]
+            counted = [groups.counted(event) for event in events]
+        for event in counted:
             observe(event)
         events = [event for event in events if not event.filtered]
         self.met.update([event.pid for event in events])
@@ -210,7 +216,7 @@ class Pipeline:
         name, source = ("", "")
         if key.kind == wire.FLOW_PEER and peer:
             name, source = self.join.name(who, key.name, peer, time.monotonic_ns())
-        return Flow(
+        flow = Flow(
             who,
             wire.ROLES[key.role],
             transport(key.transport),
@@ -222,6 +228,7 @@ class Pipeline:
             key.kind == wire.FLOW_EXCLUDED,
             key.kind == wire.FLOW_OTHER,
         )
+        return flow if self.groups is None or key.kind != wire.FLOW_PEER else self.groups.tag_flow(flow)
 
     # --- beside it ------------------------------------------------------------------------------------------------
 
@@ -238,6 +245,8 @@ class Pipeline:
             self.metrics.end(self.alive[cgroup_id])
         self.alive = alive
         self.metrics.expire()
+        if self.groups is not None:
+            self.groups.poll()
         heap.give_back()
         if self.libraries is not None:
             self.looked_at.clear()

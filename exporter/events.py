@@ -120,6 +120,7 @@ class Event(NamedTuple):
     exchange: Exchange | None = None  # http, https
     tls: Tls | None = None  # tls
     search_expansion: bool = False  # dns: no failure, a name of the resolver's search list that led nowhere
+    group: str = ""  # what the user calls this peer and others like it; "" = nothing
 
 
 class Flow(NamedTuple):
@@ -136,6 +137,7 @@ class Flow(NamedTuple):
     name_source: str
     filtered: bool = False
     other: bool = False  # what found no room, or was idle and was folded: `~other`
+    group: str = ""  # as of Event
 
 
 class Counts(NamedTuple):

@@ -25,9 +25,9 @@ SECOND = 1_000_000_000
 _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
 
 
-# Event(...) sorts 31 arguments by name, at three times the cost; hence tuples in the order of its fields.
+# Event(...) sorts 32 arguments by name, at three times the cost; hence tuples in the order of its fields.
 _new = tuple.__new__
-assert len(Event._fields) == 31
+assert len(Event._fields) == 32
 
 
 class Join:
@@ -151,6 +151,7 @@ class Join:
                 None,
                 None,
                 False,
+                "",
             ),
         )
 
@@ -205,6 +206,7 @@ class Join:
                 exchange,
                 None,
                 False,
+                "",
             ),
         )
 
@@ -292,6 +294,7 @@ class Join:
                 None,
                 None,
                 False,
+                "",
             ),
         )
 

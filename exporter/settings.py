@@ -12,7 +12,6 @@ fallback there."""
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import re
 import socket
@@ -21,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from exporter import document
 from exporter.errors import SettingsError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -41,9 +39,6 @@ DEFAULT_EXCLUDE_CIDRS: tuple[Network, ...] = tuple(
     )
 )
 DEFAULT_EXCLUDE_SUFFIXES = ("cluster.local", "svc", "local", "in-addr.arpa", "ip6.arpa")
-
-# A file larger than this is not a filter file, and reading it whole would cost the node its memory.
-MAX_FILE_BYTES = 1 << 20
 
 # Kubernetes gives every pod variables for each Service of its namespace: a Service called `ebfw` or
 # `ebfw-metrics` makes EBFW_SERVICE_HOST, EBFW_METRICS_PORT_9090_TCP_ADDR and so on. They are not mistakes.
@@ -112,6 +107,9 @@ class Settings:
 
     logs: str = "notable"
     """OTLP log records: notable (denials, failures, destinations not seen before) or all."""
+
+    peer_groups: Path | None = None
+    """File that maps networks and domains to groups, the attribute ebfw.peer.group. Read again when it changes."""
 
     flows: int = 65536
     """Rows of the kernel's counter table: a power of two from 1024 to 1048576. What finds no room is counted
@@ -195,6 +193,12 @@ def _absolute(text: str) -> Path:
     return path
 
 
+def _file(text: str) -> Path:
+    if "\0" in text:
+        raise ValueError("use a path")
+    return Path(text.strip())
+
+
 def _cgroup(text: str) -> Path | None:
     path = _absolute(text)
     return None if path == Path("/sys/fs/cgroup") else path
@@ -235,7 +239,7 @@ def _names(text: str) -> frozenset[str]:
     return names
 
 
-def _network(text: str) -> Network:
+def network(text: str) -> Network:
     """A CIDR as Go's net.ParseCIDR reads it: host bits are masked away. A bare address is that one host.
 
     Written as IPv4-mapped IPv6 it becomes the IPv4 network that it is, since addresses are compared that way.
@@ -245,17 +249,18 @@ def _network(text: str) -> Network:
     try:
         if "%" in word or (slash and not (length.isascii() and length.isdigit())):
             raise ValueError
-        network = ipaddress.ip_network(word, strict=False)
+        found = ipaddress.ip_network(word, strict=False)
     except ValueError:
         raise ValueError("use a network such as 10.0.0.0/8 or fd00::/8") from None
-    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96:
-        mapped = network.network_address.ipv4_mapped
+    if isinstance(found, ipaddress.IPv6Network) and found.prefixlen >= 96:
+        mapped = found.network_address.ipv4_mapped
         if mapped is not None:
-            return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
-    return network
+            return ipaddress.IPv4Network((mapped, found.prefixlen - 96))
+    return found
 
 
-def _suffix(text: str) -> str:
+def domain(text: str) -> str:
+    """A domain, lower case, without dots around it; `*.` in front changes nothing. Raises ValueError."""
     word = text.strip().lower().removeprefix("*.").strip(".")
     if not word or len(word) > 253 or re.search(r"[\s*/:]", word) or ".." in word:
         raise ValueError("use a domain such as example.com; it stands for itself and everything below")
@@ -290,6 +295,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("EBFW_BPF_PIN_PATH", "pin_path", _absolute, "path"),
     Variable("EBFW_SPANS_PER_SECOND", "spans_per_second", _whole(0, 1_000_000), "whole number"),
     Variable("EBFW_LOGS", "logs", _one_of("notable", "all"), "notable or all"),
+    Variable("EBFW_PEER_GROUPS", "peer_groups", _file, "path"),
     Variable("EBFW_FLOWS", "flows", _power_of_two(1024, 1 << 20), "power of two, 1024 to 1048576"),
     Variable("EBFW_RING_BYTES", "ring_bytes", _power_of_two(64 << 10, 256 << 20), "power of two, 64 KiB to 256 MiB"),
     Variable("EBFW_TLS_UPROBES", "uprobes", _boolean, "boolean"),
@@ -321,7 +327,7 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
         if variable is None:
             if _SERVICE_LINK.fullmatch(name):
                 continue
-            raise SettingsError(f"{name}: there is no such setting{_nearest(name, (*_BY_NAME, 'EBFW_CONFIG'))}")
+            raise SettingsError(f"{name}: there is no such setting{document.nearest(name, (*_BY_NAME, 'EBFW_CONFIG'))}")
         text = environ[name]
         if not text.strip() and name not in _EMPTY_MEANS_SOMETHING:
             continue
@@ -346,89 +352,17 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise SettingsError(f"{path}: cannot read the configuration: {reason}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise SettingsError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; this is not a configuration of ebfw")
-    try:
-        # compose() is the first half of safe_load(): the same resolver, but the nodes still know their lines,
-        # and keys that stand twice are still there to be refused.
-        root = yaml.compose(data, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{path}:{mark.line + 1}" if mark else path
-        raise SettingsError(f"{where}: not YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise SettingsError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
-
     values: dict[str, Any] = {}
-    if root is None or _is_null(root):
+    root = document.read(path, "the configuration")
+    if root is None:
         return values
-    top = _mapping(path, root, "", ("cgroup", "exclude"))
+    top = document.mapping(path, root, "", ("cgroup", "exclude"))
     if (node := top.get("cgroup")) is not None:
-        values["cgroup"] = _scalar(path, node, "cgroup", _cgroup)
+        values["cgroup"] = document.scalar(path, node, "cgroup", _cgroup)
     if (node := top.get("exclude")) is not None:
-        exclude = _mapping(path, node, "exclude", ("cidrs", "domainSuffixes"))
+        exclude = document.mapping(path, node, "exclude", ("cidrs", "domainSuffixes"))
         if (node := exclude.get("cidrs")) is not None:
-            values["exclude_cidrs"] = _list(path, node, "exclude.cidrs", _network)
+            values["exclude_cidrs"] = document.items(path, node, "exclude.cidrs", network)
         if (node := exclude.get("domainSuffixes")) is not None:
-            values["exclude_suffixes"] = _list(path, node, "exclude.domainSuffixes", _suffix)
+            values["exclude_suffixes"] = document.items(path, node, "exclude.domainSuffixes", domain)
     return values
-
-
-def _is_null(node: yaml.Node) -> bool:
-    return bool(node.tag == "tag:yaml.org,2002:null")
-
-
-def _fail(path: str, node: yaml.Node, key: str, text: str) -> SettingsError:
-    mark = node.start_mark
-    where = f"{path}:{mark.line + 1}" if mark else path
-    return SettingsError(f"{where}: {key + ': ' if key else ''}{text}")
-
-
-def _mapping(path: str, node: yaml.Node, key: str, known: tuple[str, ...]) -> dict[str, yaml.Node]:
-    """The mapping's values by key; keys whose value is null are left out, as Go's YAML does."""
-    if not isinstance(node, yaml.MappingNode):
-        raise _fail(path, node, key, f"expected a mapping with {' and '.join(known)}")
-    found: dict[str, yaml.Node] = {}
-    for name_node, value in node.value:
-        name = str(name_node.value) if isinstance(name_node, yaml.ScalarNode) else "(not a plain key)"
-        full = f"{key}.{name}" if key else name
-        if name not in known:
-            raise _fail(path, name_node, full, f"there is no such key{_nearest(name, known)}")
-        if name in found:
-            raise _fail(path, name_node, full, "stands here a second time; keep one of the two")
-        found[name] = value
-    return {name: value for name, value in found.items() if not _is_null(value)}
-
-
-def _scalar(path: str, node: yaml.Node, key: str, parse: Callable[[str], Any]) -> Any:
-    # A YAML number, date or boolean is refused rather than turned back into text: 010 or `no` would not
-    # survive.
-    if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
-        raise _fail(path, node, key, "expected text; put it in quotes if it looks like something else")
-    try:
-        return parse(node.value)
-    except ValueError as error:
-        raise _fail(path, node, key, f"{node.value!r}: {error}") from None
-
-
-def _list(path: str, node: yaml.Node, key: str, parse: Callable[[str], Any]) -> tuple[Any, ...]:
-    if not isinstance(node, yaml.SequenceNode):
-        raise _fail(path, node, key, "expected a list")
-    items = [_scalar(path, item, f"{key}[{index}]", parse) for index, item in enumerate(node.value)]
-    return tuple(dict.fromkeys(items))
-
-
-def _nearest(word: str, known: tuple[str, ...]) -> str:
-    """ "; did you mean X?" or, where nothing is near, "". Case and punctuation do not count."""
-
-    def flat(text: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", text.lower())
-
-    near = difflib.get_close_matches(flat(word), [flat(name) for name in known], n=1, cutoff=0.6)
-    return next((f"; did you mean {name}?" for name in known if near and flat(name) == near[0]), "")

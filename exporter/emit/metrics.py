@@ -45,7 +45,7 @@ _CELLS_OF = {
     metric: tuple((cell, extra) for cell, (owner, extra) in enumerate(c.CELLS) if owner is metric)
     for metric in c.WORKLOAD_METRICS
 }
-_FLOW_KEYS = (c.SERVER_ADDRESS, c.TRANSPORT, c.PEER_SCOPE, c.PEER_NAME_SOURCE, c.ROLE)
+_FLOW_KEYS = (c.SERVER_ADDRESS, c.TRANSPORT, c.PEER_SCOPE, c.PEER_NAME_SOURCE, c.ROLE, c.PEER_GROUP)
 _HISTOGRAM_KEYS = {_IX[m]: m.attributes for m in (c.CONNECT_TIME, c.RTT, c.DNS_TIME)}
 _CONNECT_IX, _RTT_IX, _DNS_IX = _IX[c.CONNECT_TIME], _IX[c.RTT], _IX[c.DNS_TIME]
 _CONNECT_WEIGHT, _DNS_WEIGHT = len(c.CONNECT_TIME.bounds) + 3, len(c.DNS_TIME.bounds) + 3
@@ -272,13 +272,13 @@ class Metrics:
     def add(self, flow: Flow, delta: Counts, start_ns: int) -> None:
         """Fold in by how much a kernel row moved. `start_ns`: wall clock, when that row began to count."""
         if flow.other:
-            key = (c.OTHER, flow.transport, flow.scope, "", flow.role)
+            key = (c.OTHER, flow.transport, flow.scope, "", flow.role, "")
         elif flow.filtered:
-            key = (c.EXCLUDED, flow.transport, flow.scope, "", flow.role)
+            key = (c.EXCLUDED, flow.transport, flow.scope, "", flow.role, "")
         elif flow.role == SERVER:
-            key = (c.INBOUND, flow.transport, flow.scope, "", SERVER)
+            key = (c.INBOUND, flow.transport, flow.scope, "", SERVER, "")
         else:
-            key = (flow.name or flow.peer, flow.transport, flow.scope, flow.name_source, flow.role)
+            key = (flow.name or flow.peer, flow.transport, flow.scope, flow.name_source, flow.role, flow.group)
         with self._lock:
             known = self._cgroups.get(flow.workload.cgroup_id)
             state = known[1] if known is not None and known[0] is flow.workload else self._state(flow.workload)
@@ -323,10 +323,10 @@ class Metrics:
                     return
                 error = "" if event.status == OK else c.CONNECT_ERRORS.get(event.status, event.status)
                 if event.filtered:
-                    key = (_CONNECT_IX, c.EXCLUDED, "tcp", event.scope, "", event.role, error)
+                    key = (_CONNECT_IX, c.EXCLUDED, "tcp", event.scope, "", event.role, "", error)
                 else:
                     name = event.domain or event.dst
-                    key = (_CONNECT_IX, name, "tcp", event.scope, event.name_source, event.role, error)
+                    key = (_CONNECT_IX, name, "tcp", event.scope, event.name_source, event.role, event.group, error)
                 self._record(event.workload, key, c.CONNECT_TIME, _CONNECT_WEIGHT, event.duration)
             elif kind == CLOSE and event.rtt:
                 self._record(event.workload, (_RTT_IX, event.scope), c.RTT, _RTT_WEIGHT, event.rtt)

@@ -65,6 +65,7 @@ PROCESS_PID: Final = "process.pid"
 PROCESS_EXECUTABLE: Final = "process.executable.name"
 PEER_SCOPE: Final = "ebfw.peer.scope"
 PEER_NAME_SOURCE: Final = "ebfw.peer.name.source"
+PEER_GROUP: Final = "ebfw.peer.group"
 ROLE: Final = "ebfw.role"
 CONNECTION_STATE: Final = "ebfw.connection.state"
 CONNECTION_ID: Final = "ebfw.connection.id"
@@ -147,7 +148,7 @@ _DURATION_BOUNDS: Final = (
 # apart.
 _RTT_BOUNDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
-_FLOW: Final = (SERVER_ADDRESS, TRANSPORT, PEER_SCOPE, PEER_NAME_SOURCE, ROLE)
+_FLOW: Final = (SERVER_ADDRESS, TRANSPORT, PEER_SCOPE, PEER_NAME_SOURCE, ROLE, PEER_GROUP)
 
 # What workloads do
 NETWORK_IO = Metric(

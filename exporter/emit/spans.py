@@ -86,6 +86,7 @@ def where(event: Event) -> list[tuple[str, Value]]:
         (c.PEER_NAME_SOURCE, source),
         (c.PEER_SCOPE, event.scope),
         (c.ROLE, event.role),
+        (c.PEER_GROUP, event.group),
         (c.PROCESS_PID, event.pid),
         (c.PROCESS_EXECUTABLE, event.comm),
         (c.PROXY, event.proxy if event.kind in (HTTP, HTTPS) else ""),

@@ -72,6 +72,7 @@ def test_every_variable_sets_a_field_and_every_field_is_documented() -> None:
         ("EBFW_BPF_PIN_PATH", "/sys/fs/bpf/x", "pin_path", Path("/sys/fs/bpf/x")),
         ("EBFW_SPANS_PER_SECOND", "0", "spans_per_second", 0),
         ("EBFW_LOGS", "all", "logs", "all"),
+        ("EBFW_PEER_GROUPS", "/etc/g.yaml", "peer_groups", Path("/etc/g.yaml")),
         ("EBFW_FLOWS", "1024", "flows", 1024),
         ("EBFW_RING_BYTES", "8MiB", "ring_bytes", 8 << 20),
         ("EBFW_RING_BYTES", "65536", "ring_bytes", 65536),
@@ -237,9 +238,10 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="not YAML"):
         load(str(binary), {})
     bomb = tmp_path / "bomb"
-    bomb.write_text("[" * 20000)
-    with pytest.raises(SettingsError, match="not YAML"):
-        load(str(bomb), {})
+    for depth in (20_000, 1_000_000):
+        bomb.write_text("[" * depth)
+        with pytest.raises(SettingsError, match="not YAML"):
+            load(str(bomb), {})
 
 
 def test_colour_follows_the_conventions() -> None:
