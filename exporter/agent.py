@@ -28,6 +28,7 @@ from exporter.enrich import ContainerNames, HiddenNames, Names, PeerGroups, Work
 from exporter.errors import SettingsError
 from exporter.events import Counts, Event, Flow
 from exporter.health import losses
+from exporter.inventory import Inventory
 from exporter.join import Join
 from exporter.kernel import maps, pins, preflight, wire
 from exporter.kernel.probes import Kernel
@@ -110,6 +111,9 @@ class Pipeline:
             self.clock.wall,
             kernel.received,
         )
+        self.inventory: Inventory | None = None
+        if settings.inventory is not None:
+            self.inventory = Inventory(settings.inventory, settings.node_name, self.workloads.lookup)
         self.redaction = Options.of(settings)
         self.console = Console(sys.stdout, settings.output, settings.colour, settings.node_name)
         self.otlp = Otlp(
@@ -119,6 +123,7 @@ class Pipeline:
             version=__version__,
             spans_per_second=settings.spans_per_second,
             logs=settings.logs,
+            inventory=self.inventory is not None,
         )
         self.libraries = self._tls_libraries(settings, root)
         self.alive = {workload.cgroup_id: workload for workload in self.workloads.live()}
@@ -142,6 +147,8 @@ class Pipeline:
             sightings = [sighting for data in records if (sighting := decode(data)) is not None]
             self.tell([event for sighting in sightings if (event := add(sighting)) is not None])
         self.tell(list(self.join.expire(time.monotonic_ns())))
+        if self.inventory is not None:
+            self.tell(self.inventory.due())
         return taken
 
     def tell(self, events: list[Event]) -> None:
@@ -153,10 +160,13 @@ class Pipeline:
             counted = [groups.counted(event) for event in events]
         for event in counted:
             observe(event)
-        events = [event for event in events if not event.filtered]
-        self.met.update([event.pid for event in events])
-        for event in events:
-            event = redact(event, options)
+        told = [redact(event, options) for event in events if not event.filtered]
+        self.met.update([event.pid for event in told])
+        if self.inventory is not None:
+            self.inventory.observe(told)
+            if len(told) < len(events):
+                self.inventory.hide(event for event in events if event.filtered)
+        for event in told:
             write(event)
             emit(event)
 
@@ -200,9 +210,13 @@ class Pipeline:
 
     def fold(self) -> None:
         """Move by how much the kernel's counters moved into the metrics."""
-        now = time.monotonic()
+        now, groups, inventory = time.monotonic(), self.groups, self.inventory
+        first = self.kernel.flow_table.first_read
         for row in self.kernel.flow_table.read(now, self.clock.started):
-            self.metrics.add(self.flow(row.key), Counts._make(row.delta), self.clock.wall(row.since_ns))
+            flow, delta, since = self.flow(row.key), Counts._make(row.delta), self.clock.wall(row.since_ns)
+            if inventory is not None:
+                inventory.add(flow, delta, since, first)
+            self.metrics.add(flow if groups is None else groups.counted_flow(flow), delta, since)
         for (stage, cause), total in self.kernel.tallies().items():
             if stage == "filtered":
                 self.metrics.set_total("ebfw.filtered", total, kind=cause)
@@ -247,6 +261,8 @@ class Pipeline:
         self.metrics.expire()
         if self.groups is not None:
             self.groups.poll()
+        if self.inventory is not None:
+            self.inventory.save()
         heap.give_back()
         if self.libraries is not None:
             self.looked_at.clear()
@@ -257,6 +273,7 @@ class Pipeline:
             ("names", len(self.names), 65_536),
             ("joins", len(self.join), 9216),
             ("cgroups", len(self.workloads), 16_384),
+            ("inventory", len(self.inventory or ()), 10_000),
             ("ring", int(self.kernel.ring.fill() * self.kernel.ring_bytes), self.kernel.ring_bytes),
         ):
             self.metrics.gauge("ebfw.table.used", used, table=name)
@@ -292,6 +309,9 @@ class Pipeline:
         """Stop the ways out, the last data first."""
         if self.libraries is not None:
             self.libraries.close()
+        if self.inventory is not None:
+            self.inventory.close()
+            self.tell(self.inventory.due())
         self.otlp.shutdown()
         self.console.close()
         self.workloads.close()

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Event kinds, as the seed names them; `close` is ours.
-CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS = "connect", "close", "dns", "tls", "http", "https"
-KINDS = (CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS)
+# Event kinds, as the seed names them; `close` is ours, and `new`: a destination that this workload had never talked to.
+CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS, NEW = "connect", "close", "dns", "tls", "http", "https", "new"
+KINDS = (CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS, NEW)
 
 # Where a peer's name comes from, strongest first.
 HOST, SNI, DNS_ANSWER, ADDRESS = "host", "sni", "dns", "address"
@@ -53,6 +53,7 @@ class Workload(NamedTuple):
     pod_name: str = ""
     namespace: str = ""
     container_name: str = ""
+    image: str = ""  # of the container, as its engine names it
 
 
 class Exchange(NamedTuple):

@@ -111,6 +111,10 @@ class Settings:
     peer_groups: Path | None = None
     """File that maps networks and domains to groups, the attribute ebfw.peer.group. Read again when it changes."""
 
+    inventory: Path | None = None
+    """File in which the inventory of destinations is kept over restarts. None: no inventory. Under systemd with
+    StateDirectory= the default is inventory.json in that directory."""
+
     flows: int = 65536
     """Rows of the kernel's counter table: a power of two from 1024 to 1048576. What finds no room is counted
     in one row called ~other. The default holds the flows of a busy node in a few MiB, on any number of
@@ -197,6 +201,10 @@ def _file(text: str) -> Path:
     if "\0" in text:
         raise ValueError("use a path")
     return Path(text.strip())
+
+
+def _optional(text: str) -> Path | None:
+    return _absolute(text) if text.strip() else None
 
 
 def _cgroup(text: str) -> Path | None:
@@ -295,6 +303,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("EBFW_BPF_PIN_PATH", "pin_path", _absolute, "path"),
     Variable("EBFW_SPANS_PER_SECOND", "spans_per_second", _whole(0, 1_000_000), "whole number"),
     Variable("EBFW_LOGS", "logs", _one_of("notable", "all"), "notable or all"),
+    Variable("EBFW_INVENTORY", "inventory", _optional, "path; empty keeps none"),
     Variable("EBFW_PEER_GROUPS", "peer_groups", _file, "path"),
     Variable("EBFW_FLOWS", "flows", _power_of_two(1024, 1 << 20), "power of two, 1024 to 1048576"),
     Variable("EBFW_RING_BYTES", "ring_bytes", _power_of_two(64 << 10, 256 << 20), "power of two, 64 KiB to 256 MiB"),
@@ -305,7 +314,7 @@ VARIABLES: tuple[Variable, ...] = (
 )
 
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
-_EMPTY_MEANS_SOMETHING = frozenset({"EBFW_METRICS_ADDR"})
+_EMPTY_MEANS_SOMETHING = frozenset({"EBFW_METRICS_ADDR", "EBFW_INVENTORY"})
 
 
 def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
@@ -319,6 +328,10 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
         values.update(_read_file(path))
     elif config_path is not None:
         raise SettingsError("--config needs the name of a file")
+
+    # systemd.exec(5), StateDirectory=: absolute paths between colons.
+    if state := environ.get("STATE_DIRECTORY", "").split(":")[0]:
+        values["inventory"] = Path(state) / "inventory.json"
 
     for name in sorted(environ):
         if not name.startswith("EBFW_") or name == "EBFW_CONFIG":

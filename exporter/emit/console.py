@@ -12,6 +12,7 @@ Text, the seed's lines with what it lacked behind them as key=value, blanks insi
     DNS      SRC ? NAME (TYPE)        TLS      SRC -> SNI  (DST:PORT)
     HTTP     SRC -> METHOD HOSTPATH   HTTPS    [pid=N COMM] METHOD HOSTPATH
     CLOSE    SRC -> DST:PORT  tx=1.2KiB rx=3.4MiB ...
+    NEW      SRC -> DST:PORT  name=example.com via=sni
 
 `->` is egress; what is not, says dir=ingress or dir=unknown. JSON: the seed's fields and ours, empty ones
 left out."""
@@ -177,6 +178,7 @@ _COLOURS = {
     events.TLS: "\x1b[34m",
     events.HTTP: "\x1b[32m",
     events.HTTPS: "\x1b[1;32m",
+    events.NEW: "\x1b[1;33m",
 }
 _RED, _DIM, _OFF = "\x1b[31m", "\x1b[2m", "\x1b[0m"
 _BAD_STATUS = frozenset(events.FAILURES) - {events.CANCELLED}
@@ -280,11 +282,11 @@ def _details(event: Event) -> list[str]:
         out.append(f"answers={shown}" + (f",+{more}" if more > 0 else ""))
     if event.role != events.CLIENT:
         out.append("dir=ingress" if event.role == events.SERVER else "dir=unknown")
-    if event.transport not in ("tcp", "") and kind in (events.CONNECT, events.CLOSE):
+    if event.transport not in ("tcp", "") and kind in (events.CONNECT, events.CLOSE, events.NEW):
         out.append(f"proto={printable(event.transport)}")
     if event.pid and kind != events.HTTPS:
         out.append(f"proc={printable(event.comm)}[{event.pid}]")
-    if kind in (events.CONNECT, events.CLOSE) and event.domain and event.name_source != events.ADDRESS:
+    if kind in (events.CONNECT, events.CLOSE, events.NEW) and event.domain and event.name_source != events.ADDRESS:
         out.append(f"name={printable(event.domain)}")
     if event.name_source and kind != events.DNS:
         out.append(f"via={event.name_source}")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from exporter.emit import semconv as c
 from exporter.emit.spans import Attributes, Value, dns, error_type, failed, told, where
-from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, OK, TLS, Event
+from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, NEW, OK, TLS, Event
 from exporter.health import printable
 
 INFO, WARN = 9, 13  # SeverityNumber
@@ -38,6 +38,7 @@ _NAMES = {
     TLS: c.EVENT_TLS,
     HTTP: c.EVENT_HTTP,
     HTTPS: c.EVENT_HTTP,
+    NEW: c.EVENT_DESTINATION_NEW,
 }
 
 
@@ -60,10 +61,13 @@ class Record(NamedTuple):
 
 class Notable:
     """Decides. One thread calls it. `volume`: "notable" or "all". At most 65,536 destinations and 4,096
-    failures are remembered; a destination that was forgotten is told again."""
+    failures are remembered; a destination that was forgotten is told again. `inventory`: there is one, whose events
+    tell new destinations, also over restarts."""
 
-    def __init__(self, volume: str = "notable", clock: Callable[[], float] = time.monotonic) -> None:
-        self._all = volume == "all"
+    def __init__(
+        self, volume: str = "notable", clock: Callable[[], float] = time.monotonic, inventory: bool = False
+    ) -> None:
+        self._all, self._inventory = volume == "all", inventory
         self._clock = clock
         # Two generations of hashes are an LRU that costs 6 MB when full; an OrderedDict would cost 20.
         self._young: set[int] = set()
@@ -76,7 +80,7 @@ class Notable:
         if not told(event):
             return None
         kind, status = event.kind, event.status
-        first = kind in _DESTINATIONS and self._first_seen(event)
+        first = kind == NEW or (not self._inventory and kind in _DESTINATIONS and self._first_seen(event))
         if self._all:
             return Note(event, first)
         if not status or status == OK or not failed(event):
@@ -138,7 +142,7 @@ def record(note: Note) -> Record:
     if event.cookie:
         # Text: a cookie uses all 64 bits, an attribute's integer is signed.
         found.append((c.CONNECTION_ID, f"{event.cookie:x}"))
-    if note.first_seen:
+    if note.first_seen and event.kind != NEW:
         found.append((c.FIRST_SEEN, "true"))
     if note.repeats:
         found.append((c.REPEATS, note.repeats))
@@ -179,7 +183,7 @@ def _body(note: Note, error: str) -> str:
     elif event.kind in (HTTP, HTTPS):
         text = f"{who} sent {printable(event.method)} {event.kind}://{host}{printable(event.path.partition('?')[0])}"
     else:
-        verb = "closed" if event.kind == CLOSE else "to"
+        verb = "closed" if event.kind == CLOSE else "for the first time to" if event.kind == NEW else "to"
         peer = f"[{host}]:{event.port}" if ":" in host else f"{host}:{event.port}"
         text = f"{who} {verb} {peer}"
     if error:

@@ -46,7 +46,7 @@ class Otlp:
     """All three signals. `environ` holds the OTEL_* variables (settings.otel).
 
     `spans_per_second` is the node's budget while no sampler is set; 0 makes no spans. `logs` is notable or
-    all.
+    all; with an `inventory` new destinations are its events.
     """
 
     def __init__(
@@ -58,13 +58,14 @@ class Otlp:
         version: str = "",
         spans_per_second: int = 100,
         logs: str = "notable",
+        inventory: bool = False,
         losses: health.Losses | None = None,
     ) -> None:
         self.settings = settings = otlp_settings.load(environ)
         self._resources, self._metrics, self._version = resources, metrics, version
         self._losses = losses or health.losses
         self._lock = threading.Lock()
-        self._notable = Notable(logs)
+        self._notable = Notable(logs, inventory=inventory)
         self._spans: _Queue[Event] | None = None
         self._logs: _Queue[Note] | None = None
         if settings.traces and settings.sampled != 0 and (spans_per_second or settings.sampled is not None):

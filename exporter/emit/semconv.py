@@ -30,6 +30,7 @@ K8S_CONTAINER_NAME: Final = "k8s.container.name"
 K8S_NODE_NAME: Final = "k8s.node.name"
 CONTAINER_NAME: Final = "container.name"
 CONTAINER_ID: Final = "container.id"
+CONTAINER_IMAGE_NAME: Final = "container.image.name"
 CONTAINER_RUNTIME: Final = "container.runtime.name"
 HOST_NAME: Final = "host.name"
 DISTRO_NAME: Final = "telemetry.distro.name"
@@ -92,6 +93,7 @@ IDENTITY: Final = (SERVICE_NAME, SERVICE_NAMESPACE, K8S_NAMESPACE_NAME, K8S_POD_
 # Log record event names
 EVENT_CONNECTION: Final = "ebfw.egress.connection"
 EVENT_DNS: Final = "ebfw.egress.dns"
+EVENT_DESTINATION_NEW: Final = "ebfw.egress.destination.new"
 EVENT_TLS: Final = "ebfw.egress.tls"
 EVENT_HTTP: Final = "ebfw.egress.http.request"
 

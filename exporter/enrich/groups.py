@@ -134,17 +134,19 @@ class PeerGroups:
         return _new(Event, (*event[:_AT], group, *event[_AT + 1 :])) if group else event
 
     def tag_flow(self, flow: Flow) -> Flow:
-        """The flow with its peer's group; one that is collapsed gives it its name, too."""
+        """The flow with its peer's group."""
         group = self.of(flow.name, flow.peer)
-        if not group:
-            return flow
-        return flow._replace(group=group, name=f"~{group}" if group in self._table.collapsed else flow.name)
+        return flow._replace(group=group) if group else flow
 
     def counted(self, event: Event) -> Event:
         """The event as metrics are to see it: the same, but where its group is collapsed."""
         if event.group and event.group in self._table.collapsed:
             return event._replace(domain=f"~{event.group}")
         return event
+
+    def counted_flow(self, flow: Flow) -> Flow:
+        """As `counted`."""
+        return flow._replace(name=f"~{flow.group}") if flow.group in self._table.collapsed else flow
 
     def poll(self) -> None:
         """Take over what a reader has brought; start one where the file is another. Costs one stat."""

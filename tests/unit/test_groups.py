@@ -200,7 +200,7 @@ def test_d21_the_group_is_on_spans_lines_and_metrics(path: Path) -> None:
     metrics = Metrics(Resources("node1"))
     metrics.observe(made.counted(event))
     flow = Flow(UNIT, "client", "tcp", "52.1.1.1", 443, "internet", "52.1.1.1", "address")
-    metrics.add(made.tag_flow(flow), Counts(tx_bytes=5), 5)
+    metrics.add(made.counted_flow(made.tag_flow(flow)), Counts(tx_bytes=5), 5)
     found = {
         metric: [dict(point.attributes) for _, point in points]
         for metric, points in metrics.snapshot().by_metric()
@@ -216,7 +216,7 @@ def test_d21_a_collapsed_group_bounds_the_series(path: Path) -> None:
     metrics = Metrics(Resources("node1"))
     for n in range(10_000):
         flow = Flow(UNIT, "client", "tcp", "52.216.1.1", 443, "internet", f"b{n}.s3.amazonaws.com", "sni")
-        metrics.add(made.tag_flow(flow), Counts(tx_bytes=3), 5)
+        metrics.add(made.counted_flow(made.tag_flow(flow)), Counts(tx_bytes=3), 5)
         metrics.observe(made.counted(made.tag(CONNECT._replace(domain=f"b{n}.s3.amazonaws.com"))))
     for metric, points in metrics.snapshot().by_metric():
         if metric is c.NETWORK_IO:

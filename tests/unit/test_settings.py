@@ -72,6 +72,7 @@ def test_every_variable_sets_a_field_and_every_field_is_documented() -> None:
         ("EBFW_BPF_PIN_PATH", "/sys/fs/bpf/x", "pin_path", Path("/sys/fs/bpf/x")),
         ("EBFW_SPANS_PER_SECOND", "0", "spans_per_second", 0),
         ("EBFW_LOGS", "all", "logs", "all"),
+        ("EBFW_INVENTORY", "/var/lib/ebfw/i.json", "inventory", Path("/var/lib/ebfw/i.json")),
         ("EBFW_PEER_GROUPS", "/etc/g.yaml", "peer_groups", Path("/etc/g.yaml")),
         ("EBFW_FLOWS", "1024", "flows", 1024),
         ("EBFW_RING_BYTES", "8MiB", "ring_bytes", 8 << 20),
@@ -242,6 +243,14 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
         bomb.write_text("[" * depth)
         with pytest.raises(SettingsError, match="not YAML"):
             load(str(bomb), {})
+
+
+def test_d20_the_inventorys_default_is_the_services_state_directory() -> None:
+    assert load(None, {}).inventory is None
+    service = {"STATE_DIRECTORY": "/var/lib/ebfw:/var/lib/other"}
+    assert load(None, service).inventory == Path("/var/lib/ebfw/inventory.json")
+    assert load(None, service | {"EBFW_INVENTORY": "/x"}).inventory == Path("/x")
+    assert load(None, service | {"EBFW_INVENTORY": ""}).inventory is None
 
 
 def test_colour_follows_the_conventions() -> None:
