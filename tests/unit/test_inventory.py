@@ -398,7 +398,8 @@ def test_d20_saved_soon_after_something_new_and_else_once_a_minute(world: World)
         (b'{"format": "ebfw-inventory", "version": 1, "workloads": [{}]}', "damaged"),
         (
             b'{"format": "ebfw-inventory", "version": 1, "node": "n", "written": "2026-01-01T00:00:00+00:00", '
-            b'"workloads": [{"kind": "unit", "name": "a", "destinations": [{"name": "x", "port": -1, "transport": "tcp"}]}]}',
+            b'"workloads": [{"kind": "unit", "name": "a", "destinations": '
+            b'[{"name": "x", "port": -1, "transport": "tcp"}]}]}',
             "damaged",
         ),
         (b"\xff\xfe", "damaged"),
