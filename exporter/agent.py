@@ -20,6 +20,7 @@ from exporter import __version__, heap
 from exporter.decode import address, decode, transport
 from exporter.emit import prometheus
 from exporter.emit.console import Console
+from exporter.emit.hygiene import Hygiene
 from exporter.emit.metrics import Metrics
 from exporter.emit.otlp import Otlp
 from exporter.emit.redact import Options, redact
@@ -114,6 +115,7 @@ class Pipeline:
         self.inventory: Inventory | None = None
         if settings.inventory is not None:
             self.inventory = Inventory(settings.inventory, settings.node_name, self.workloads.lookup)
+        self.hygiene = Hygiene(metrics)
         self.redaction = Options.of(settings)
         self.console = Console(sys.stdout, settings.output, settings.colour, settings.node_name)
         self.otlp = Otlp(
@@ -147,6 +149,7 @@ class Pipeline:
             sightings = [sighting for data in records if (sighting := decode(data)) is not None]
             self.tell([event for sighting in sightings if (event := add(sighting)) is not None])
         self.tell(list(self.join.expire(time.monotonic_ns())))
+        self.hygiene.settle()
         if self.inventory is not None:
             self.tell(self.inventory.due())
         return taken
@@ -154,6 +157,7 @@ class Pipeline:
     def tell(self, events: list[Event]) -> None:
         """Events to every way out, their secrets hidden."""
         observe, write, emit, options = self.metrics.observe, self.console.write, self.otlp.emit, self.redaction
+        events = self.hygiene.observe(events)
         counted, groups = events, self.groups
         if groups is not None:
             events = [event if event.filtered else groups.tag(event) for event in events]
@@ -214,6 +218,7 @@ class Pipeline:
         first = self.kernel.flow_table.first_read
         for row in self.kernel.flow_table.read(now, self.clock.started):
             flow, delta, since = self.flow(row.key), Counts._make(row.delta), self.clock.wall(row.since_ns)
+            self.hygiene.add(flow, delta)
             if inventory is not None:
                 inventory.add(flow, delta, since, first)
             self.metrics.add(flow if groups is None else groups.counted_flow(flow), delta, since)
@@ -222,6 +227,7 @@ class Pipeline:
                 self.metrics.set_total("ebfw.filtered", total, kind=cause)
             else:
                 losses.raise_to(stage, cause, total)  # type: ignore[arg-type]  # stages of wire.TALLIES
+        self.hygiene.publish()
 
     def flow(self, key: maps.FlowKey) -> Flow:
         """A kernel row in words."""

@@ -122,6 +122,7 @@ class Event(NamedTuple):
     tls: Tls | None = None  # tls
     search_expansion: bool = False  # dns: no failure, a name of the resolver's search list that led nowhere
     group: str = ""  # what the user calls this peer and others like it; "" = nothing
+    credentials: bool = False  # http: it carried credentials, and anybody on the way could read them
 
 
 class Flow(NamedTuple):

@@ -25,9 +25,9 @@ SECOND = 1_000_000_000
 _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
 
 
-# Event(...) sorts 32 arguments by name, at three times the cost; hence tuples in the order of its fields.
+# Event(...) sorts 33 arguments by name, at three times the cost; hence tuples in the order of its fields.
 _new = tuple.__new__
-assert len(Event._fields) == 32
+assert len(Event._fields) == 33
 
 
 class Join:
@@ -152,6 +152,7 @@ class Join:
                 None,
                 False,
                 "",
+                False,
             ),
         )
 
@@ -207,6 +208,7 @@ class Join:
                 None,
                 False,
                 "",
+                False,
             ),
         )
 
@@ -295,6 +297,7 @@ class Join:
                 None,
                 False,
                 "",
+                False,
             ),
         )
 

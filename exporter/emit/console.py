@@ -290,6 +290,8 @@ def _details(event: Event) -> list[str]:
         out.append(f"name={printable(event.domain)}")
     if event.name_source and kind != events.DNS:
         out.append(f"via={event.name_source}")
+    if event.credentials:
+        out.append("cleartext-credentials=true")
     if event.group:
         out.append(f"group={event.group}")
     if event.proxy:
@@ -354,7 +356,7 @@ class JsonFormat:
             kind, when, who, pid, comm, transport, role, src, src_port, dst, port, scope, domain,
             source, status, duration, sent, received, retransmits, rtt, dns_type, answers,
             method, path, headers, proxy, _cookie, _filtered,
-            exchange, _, _, group,
+            exchange, _, _, group, credentials,
         ) = event  # fmt: skip
         second, nanoseconds = divmod(when, 1_000_000_000)
         if second != self._second:
@@ -398,6 +400,8 @@ class JsonFormat:
             add(f'"name_source":"{source}"')
         if group:
             add(f'"group":"{group}"')
+        if credentials:
+            add('"cleartext_credentials":true')
         if status:
             add(f'"status":{_string(status)}')
         if duration is not None:

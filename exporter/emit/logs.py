@@ -158,6 +158,7 @@ def _request(event: Event) -> list[tuple[str, Value]]:
         (c.URL_SCHEME, event.kind),
         (c.URL_PATH, path),
         (c.URL_QUERY, query),
+        (c.CLEARTEXT_CREDENTIALS, event.credentials),
     )
     return [(key, value) for key, value in pairs if value]
 

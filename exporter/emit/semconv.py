@@ -77,6 +77,8 @@ CONNECTION_RETRANSMITS: Final = "ebfw.connection.retransmits"
 CONNECTION_RTT: Final = "ebfw.connection.rtt"
 CONNECT_DURATION: Final = "ebfw.connect.duration"
 DNS_DURATION: Final = "ebfw.dns.duration"
+CLEARTEXT_CREDENTIALS: Final = "ebfw.http.cleartext_credentials"
+WORKLOAD: Final = "ebfw.workload"
 PROXY: Final = "ebfw.proxy.address"
 REPEATS: Final = "ebfw.repeats"
 FIRST_SEEN: Final = "ebfw.destination.first_seen"
@@ -186,6 +188,37 @@ WORKLOAD_INFO = Metric(
     (K8S_POD_UID, CONTAINER_ID, WORKLOAD_KIND, SYSTEMD_UNIT),
 )  # fmt: skip
 
+# What is worth a look (hygiene.py); of workloads by name, `~other` once there are too many of them.
+_FINDING: Final = (WORKLOAD, "ebfw.hygiene.finding")
+FINDINGS = Metric(
+    "ebfw.hygiene.findings", "{finding}", COUNTER,
+    "How often it was found: cleartext_credentials, obsolete_tls, no_post_quantum, dns_search.", _FINDING,
+)  # fmt: skip
+CHECKED = Metric(
+    "ebfw.hygiene.checked", "{event}", COUNTER,
+    "How often it could have been found: plaintext requests, handshakes that told, lookups.", _FINDING,
+)  # fmt: skip
+HYGIENE_CONNECTIONS = Metric(
+    "ebfw.hygiene.http.connections", "{connection}", COUNTER, "Closed connections that carried HTTP requests.",
+    (WORKLOAD,),
+)  # fmt: skip
+HYGIENE_REQUESTS = Metric(
+    "ebfw.hygiene.http.requests", "{request}", COUNTER, "HTTP requests that these connections carried.",
+    (WORKLOAD,),
+)  # fmt: skip
+HYGIENE_TIME = Metric(
+    "ebfw.hygiene.time", "s", COUNTER, "Time spent by phase: dns, connect, tls, request.",
+    (WORKLOAD, "ebfw.hygiene.phase"),
+)  # fmt: skip
+PORTS_USED = Metric(
+    "ebfw.hygiene.ports.used", "{port}", GAUGE,
+    "Ephemeral ports that open connections hold towards one destination, from 100 up.",
+    (WORKLOAD, PEER_ADDRESS, PEER_PORT),
+)  # fmt: skip
+PORTS_AVAILABLE = Metric(
+    "ebfw.hygiene.ports.available", "{port}", GAUGE, "Ephemeral ports that this host allows towards one destination.",
+)  # fmt: skip
+
 # What the agent does. The first four keep the seed's names, hence their short attribute names.
 EVENTS = Metric("ebfw.events", "{event}", COUNTER, "Events told, by kind.", ("kind",))
 FILTERED = Metric("ebfw.filtered", "{event}", COUNTER, "Events not told because `exclude` matched, by kind.", ("kind",))
@@ -230,7 +263,8 @@ WORKLOAD_METRICS: Final = (
 )  # fmt: skip
 AGENT_METRICS: Final = (
     EVENTS, FILTERED, ATTRIBUTION, UPROBE_ATTACHED, RECORDS_LOST, EXPORTED, QUEUE, TABLE_USED, TABLE_SIZE,
-    FEATURE, SERIES, SERIES_OVERFLOW, SERIES_EXPIRED, CLAMPED, BUILD_INFO, START_TIME, CPU_TIME, MEMORY,
+    FEATURE, SERIES, SERIES_OVERFLOW, SERIES_EXPIRED, CLAMPED, BUILD_INFO, START_TIME, CPU_TIME, MEMORY, FINDINGS,
+    CHECKED, HYGIENE_CONNECTIONS, HYGIENE_REQUESTS, HYGIENE_TIME, PORTS_USED, PORTS_AVAILABLE,
 )  # fmt: skip
 METRICS: Final = WORKLOAD_METRICS + AGENT_METRICS
 BY_NAME: Final = {metric.name: metric for metric in METRICS}

@@ -1,9 +1,6 @@
 """What an inventory holds, and its file: pairs of a workload and a destination, written whole and moved into place.
 
 In and out: `Book`, a path. Not its job: what gets into it (watch.py), showing it (report.py).
-
-Workloads are told apart by what stays the same over restarts: namespace and owner of a pod, unit, container name;
-never by an id. The owner is the pod's name without what its controller appends.
 """
 
 from __future__ import annotations
@@ -11,15 +8,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from exporter.enrich.identity import Who
 from exporter.errors import InventoryError
-from exporter.events import ADDRESS, DNS_ANSWER, HOST, SNI, Workload
+from exporter.events import ADDRESS, DNS_ANSWER, HOST, SNI
 
 VERSION = 1
 FORMAT = "ebfw-inventory"
@@ -27,32 +24,8 @@ DEFAULT = Path("/var/lib/ebfw/inventory.json")  # where `ebfw inventory` looks w
 MAX_BYTES = 64 << 20
 EXECUTABLES = 4
 
-OTHER, UNNAMED = "~other", "~unnamed"
+OTHER = "~other"
 _RANK = {HOST: 3, SNI: 2, DNS_ANSWER: 1, ADDRESS: 0}
-
-# What controllers append to a pod's name. Their random letters are never vowels, nor 0, 1 and 3 (apimachinery's
-# rand.SafeEncodeString), so that they spell nothing.
-_RANDOM = "[bcdfghjklmnpqrstvwxz2456789]"
-_OWNERS = (
-    re.compile(rf"(.+)-{_RANDOM}{{6,10}}-{_RANDOM}{{5}}"),  # Deployment, ReplicaSet
-    re.compile(rf"(.+)-\d{{8,10}}-{_RANDOM}{{5}}"),  # CronJob, Job
-    re.compile(rf"(.+)-{_RANDOM}{{5}}"),  # DaemonSet, Job
-    re.compile(r"(.+)-\d{1,5}"),  # StatefulSet
-)
-_ID = re.compile(r"[0-9a-f]{12,64}")
-
-
-class Who(NamedTuple):
-    """A workload by what stays the same when it is started again."""
-
-    kind: str
-    namespace: str  # of a pod; user-1000 for the units of a user
-    name: str
-    container: str  # of a pod
-
-    def __str__(self) -> str:
-        path = f"{self.namespace}/{self.name}" if self.namespace else self.name
-        return f"{path}:{self.container}" if self.container else path
 
 
 class Place(NamedTuple):
@@ -98,25 +71,6 @@ class Destinations:
 
 
 Book = dict[Who, Destinations]
-
-
-def who(w: Workload) -> Who:
-    """The workload by what stays; UNNAMED where nothing does."""
-    if w.kind == "pod":
-        return Who("pod", w.namespace, owner(w.pod_name) if w.pod_name else UNNAMED, w.container_name)
-    name = w.container_name or w.name
-    if not name or w.kind == "unknown" or (w.kind == "container" and _ID.fullmatch(name)):
-        name = UNNAMED
-    space = f"user-{w.user_id}" if w.user_id is not None and w.kind in ("unit", "cgroup", "container") else ""
-    return Who(w.kind, space, name, "")
-
-
-def owner(pod: str) -> str:
-    """A pod's name without what its controller appends: web-7d9f8c6b5d-x2x9z is of web."""
-    for pattern in _OWNERS:
-        if match := pattern.fullmatch(pod):
-            return match[1]
-    return pod
 
 
 class Row(NamedTuple):

@@ -13,8 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from exporter.enrich.identity import Who
 from exporter.health import printable
-from exporter.inventory.book import Book, Place, Row, Who, as_document, read, rows_of, stamp
+from exporter.inventory.book import Book, Place, Row, as_document, read, rows_of, stamp
 
 _COLUMNS = (
     "WORKLOAD", "IMAGE", "DESTINATION", "PORT", "TRANSPORT", "EVIDENCE", "GROUP", "FIRST SEEN", "LAST SEEN",

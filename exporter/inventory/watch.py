@@ -22,23 +22,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from exporter import events
+from exporter.enrich.identity import UNNAMED, Who, who
 from exporter.errors import InventoryError
 from exporter.events import ADDRESS, DNS_ANSWER, HOST, OK, SERVER, SNI, Counts, Event, Flow, Workload
 from exporter.health import losses
-from exporter.inventory.book import (
-    OTHER,
-    UNNAMED,
-    Book,
-    Destinations,
-    Entry,
-    Place,
-    Row,
-    Who,
-    read,
-    rows_of,
-    who,
-    write,
-)
+from exporter.inventory.book import OTHER, Book, Destinations, Entry, Place, Row, read, rows_of, write
 
 log = logging.getLogger(__name__)
 

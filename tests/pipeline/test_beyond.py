@@ -1,4 +1,4 @@
-"""What nobody else tells, end to end: peer groups (D21), the inventory over restarts (D20)."""
+"""What nobody else tells, end to end: peer groups (D21), the inventory over restarts (D20), hygiene (D22)."""
 
 from __future__ import annotations
 
@@ -114,3 +114,24 @@ def test_d21_a_mistake_at_start_is_one_sentence(host: Host) -> None:
     assert done.returncode == 2
     assert done.stderr == f"ebfw: {path}:3: groups.s3.domain: there is no such key; did you mean domains?\n"
     assert host.left_behind() == []
+
+
+def test_d22_credentials_in_the_clear_are_marked_and_never_shown(host: Host, world: World) -> None:
+    agent = host.start(**settings(host, EBFW_INSPECT_HEADERS="true")).ready()
+    secret = "CanaryHygieneA1b2C3d4E5"
+    for n in range(N):
+        credentials = (("-H", f"Authorization: Bearer {secret}"), ("-u", f"user:{secret}"), ("-b", f"id={secret}"), ())
+        world.curl(host.shop, *credentials[n % 4], f"http://{SERVER}/{n}")
+    eventually(lambda: sum(event["kind"] == "close" for event in agent.events) == N)
+    marked = {event["path"]: event.get("cleartext_credentials", False) for event in agent.events if "path" in event}
+    assert marked == {f"/{n}": n % 4 != 3 for n in range(N)}
+    metrics = agent.settled()
+    labels = {"ebfw_workload": "shop", "ebfw_hygiene_finding": "cleartext_credentials"}
+    with_credentials = sum(marked.values())
+    assert metrics.total("ebfw_hygiene_findings_total", **labels) == with_credentials
+    assert metrics.total("ebfw_hygiene_checked_total", **labels) == N
+    assert metrics.total("ebfw_hygiene_http_connections_total", ebfw_workload="shop") == N
+    assert metrics.total("ebfw_hygiene_http_requests_total", ebfw_workload="shop") == N
+    assert metrics.rows("ebfw_hygiene_time_seconds_total", ebfw_workload="shop", ebfw_hygiene_phase="connect")
+    assert metrics.total("ebfw_hygiene_ports_available") > 1000
+    assert secret not in agent.output + agent.log + metrics.text

@@ -19,10 +19,11 @@ from exporter import health
 from exporter.emit import semconv as c
 from exporter.emit.console import JsonFormat, TextFormat
 from exporter.emit.logs import Notable, record
+from exporter.enrich.identity import UNNAMED, Who, owner, who
 from exporter.errors import InventoryError
 from exporter.events import Counts, Event, Flow, Workload
 from exporter.inventory import Inventory, book, report, watch
-from exporter.inventory.book import OTHER, UNNAMED, Who, owner, read, rows_of, who
+from exporter.inventory.book import OTHER, read, rows_of
 
 SHOP = Workload(7, "/system.slice/shop.service", "unit", "shop.service", unit="shop.service")
 CONTAINER = Workload(8, "/docker/x", "container", "ab" * 6, container_id="ab" * 32, runtime="docker")
