@@ -33,7 +33,7 @@ enum stage {
 	STAGE_HELLO, /* the rest of a ClientHello */
 	STAGE_HEAD,  /* the rest of an HTTP request head */
 	STAGE_HTTP,  /* the next request on this connection */
-	STAGE_DNS,   /* UDP to port 53 */
+	STAGE_DNS,   /* port 53; over TCP as long as it looks like DNS */
 };
 
 INLINE struct socket *known_socket(void *sk)

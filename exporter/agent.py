@@ -202,6 +202,7 @@ class Pipeline:
                 self.keep_house(now)
         wake.close()
         self.drain()
+        self.tell(list(self.join.close()))
         self.fold()
         self.refreshed.set()
 

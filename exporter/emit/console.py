@@ -205,7 +205,9 @@ class TextFormat:
         if self._terminal:
             what = what.ljust(_WIDTH)
         if self._colour:
-            bad = event.status in _BAD_STATUS or (event.kind == events.DNS and event.status not in _GOOD_DNS)
+            bad = event.status in _BAD_STATUS or (
+                event.kind == events.DNS and event.status not in _GOOD_DNS and not event.search_expansion
+            )
             label = f"{_RED if bad else _COLOURS.get(event.kind, '')}{label}{_OFF}"
             details = f"{_DIM}{details}{_OFF}" if details else ""
         text = f"{self._time(event.time)}{label}{what}" + (f"  {details}" if details else "") + "\n"
@@ -290,6 +292,8 @@ def _details(event: Event) -> list[str]:
         out.append(f"name={printable(event.domain)}")
     if event.name_source and kind != events.DNS:
         out.append(f"via={event.name_source}")
+    if event.search_expansion:
+        out.append("search=true")
     if event.credentials:
         out.append("cleartext-credentials=true")
     if event.group:
@@ -356,7 +360,7 @@ class JsonFormat:
             kind, when, who, pid, comm, transport, role, src, src_port, dst, port, scope, domain,
             source, status, duration, sent, received, retransmits, rtt, dns_type, answers,
             method, path, headers, proxy, _cookie, _filtered,
-            exchange, _, _, group, credentials,
+            exchange, _, search, group, credentials,
         ) = event  # fmt: skip
         second, nanoseconds = divmod(when, 1_000_000_000)
         if second != self._second:
@@ -400,6 +404,8 @@ class JsonFormat:
             add(f'"name_source":"{source}"')
         if group:
             add(f'"group":"{group}"')
+        if search:
+            add('"search_expansion":true')
         if credentials:
             add('"cleartext_credentials":true')
         if status:

@@ -39,8 +39,8 @@ def error_type(event: Event) -> str:
 
 
 def failed(event: Event) -> bool:
-    """True where the event is a failure in rates: cancelled is not (D3)."""
-    return event.status != CANCELLED and error_type(event) != ""
+    """True where the event is a failure in rates: neither cancelled nor a step of a search list is (D3)."""
+    return event.status != CANCELLED and not event.search_expansion and error_type(event) != ""
 
 
 def told(event: Event) -> bool:
@@ -100,5 +100,6 @@ def dns(event: Event) -> list[tuple[str, Value]]:
         (c.DNS_QUESTION_TYPE, event.dns_type),
         (c.DNS_RCODE, event.status if event.status.lower() != "timeout" else ""),
         (c.DNS_ANSWERS, event.answers),
+        (c.DNS_SEARCH_EXPANSION, event.search_expansion),
     )
     return [(key, value) for key, value in pairs if value]
