@@ -51,6 +51,7 @@ IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slo
 def run(settings: Settings) -> int:
     """Watch until SIGINT or SIGTERM."""
     heap.keep_small()
+    say_what_is_not_enforced(settings)
     root = find_root()
     cgroup = scope_of(settings, root)
     kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
@@ -369,9 +370,23 @@ def serve_metrics(settings: Settings, metrics: Metrics, ready: Callable[[], str]
     if settings.metrics_addr is None:
         return None
     host, port = settings.metrics_addr
-    server = prometheus.serve(host, port, metrics, ready)
-    log.info("metrics at http://%s:%d/metrics", host or "0.0.0.0", server.port)
+    security = prometheus.Security(settings.metrics_cert, settings.metrics_key, settings.metrics_users)
+    server = prometheus.serve(host, port, metrics, ready, security)
+    scheme = "https" if settings.metrics_cert else "http"
+    log.info("metrics at %s://%s:%d/metrics", scheme, host or "0.0.0.0", server.port)
+    if settings.metrics_users and not settings.metrics_cert and host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("passwords for /metrics cross the network in the clear; set EBFW_METRICS_TLS_CERT")
     return server
+
+
+def say_what_is_not_enforced(settings: Settings) -> None:
+    """A policy that is named and not obeyed must not go unnoticed."""
+    if settings.policy is not None:
+        if not settings.policy.exists():
+            raise SettingsError(f"EBFW_POLICY={settings.policy}: there is no such file")
+        log.warning("EBFW_POLICY=%s: this version enforces no policy; everything is observed only", settings.policy)
+    elif settings.policy_source != "file":
+        log.warning("EBFW_POLICY_SOURCE=%s: this version enforces no policy", settings.policy_source)
 
 
 def detach(settings: Settings) -> int:

@@ -83,6 +83,15 @@ class Settings:
     """Where /metrics listens: (host, port), host "" = all interfaces, port 0 = any free one; None = nowhere.
     Loopback by default, not all interfaces as in the seed: the page says who talks to whom."""
 
+    metrics_cert: Path | None = None
+    """PEM file with the certificate for /metrics, which is then served over TLS alone."""
+
+    metrics_key: Path | None = None
+    """PEM file with the certificate's key. None: it is in the certificate's file."""
+
+    metrics_users: Path | None = None
+    """File of `name:password` lines; who asks for /metrics has to be one of them. /healthz and /readyz stay open."""
+
     node_name: str = field(default_factory=socket.gethostname)
     """The node's name on every record. Default: the host name; the chart sets the Kubernetes node name."""
 
@@ -295,10 +304,13 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("EBFW_INSPECT_BODY", "inspect_body", _boolean, "boolean"),
     Variable("EBFW_OUTPUT", "output", _one_of("text", "json", "none"), "text, json or none"),
     Variable("EBFW_METRICS_ADDR", "metrics_addr", _address, "host:port; empty disables"),
+    Variable("EBFW_METRICS_TLS_CERT", "metrics_cert", _file, "path"),
+    Variable("EBFW_METRICS_TLS_KEY", "metrics_key", _file, "path"),
+    Variable("EBFW_METRICS_USERS", "metrics_users", _file, "path"),
     Variable("EBFW_NODE_NAME", "node_name", _text, "text"),
     Variable("EBFW_ENFORCE_MODE", "enforce_mode", _one_of("off", "log", "enforce"), "off"),
     Variable("EBFW_POLICY_SOURCE", "policy_source", _one_of("file", "crd"), "file or crd"),
-    Variable("EBFW_POLICY", "policy", lambda text: Path(text.strip()), "path"),
+    Variable("EBFW_POLICY", "policy", _file, "path"),
     Variable("EBFW_ENFORCE_DRY_RUN", "enforce_dry_run", _boolean, "boolean"),
     Variable("EBFW_BPF_PIN_PATH", "pin_path", _absolute, "path"),
     Variable("EBFW_SPANS_PER_SECOND", "spans_per_second", _whole(0, 1_000_000), "whole number"),
@@ -354,6 +366,8 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
     values["otel"] = {name: text for name, text in environ.items() if name.startswith("OTEL_")}
 
     settings = Settings(**values)
+    if settings.metrics_key is not None and settings.metrics_cert is None:
+        raise SettingsError("EBFW_METRICS_TLS_KEY is set without EBFW_METRICS_TLS_CERT: set both")
     if settings.enforce_mode != "off":
         raise SettingsError(
             f"EBFW_ENFORCE_MODE={settings.enforce_mode}: enforcement is not in this version; leave it off to observe"

@@ -64,6 +64,8 @@ def test_every_variable_sets_a_field_and_every_field_is_documented() -> None:
         ("EBFW_METRICS_ADDR", ":9090", "metrics_addr", ("", 9090)),
         ("EBFW_METRICS_ADDR", "[::1]:0", "metrics_addr", ("::1", 0)),
         ("EBFW_METRICS_ADDR", "localhost:80", "metrics_addr", ("localhost", 80)),
+        ("EBFW_METRICS_TLS_CERT", "/etc/c.pem", "metrics_cert", Path("/etc/c.pem")),
+        ("EBFW_METRICS_USERS", "/etc/users", "metrics_users", Path("/etc/users")),
         ("EBFW_NODE_NAME", "node-1", "node_name", "node-1"),
         ("EBFW_ENFORCE_MODE", "off", "enforce_mode", "off"),
         ("EBFW_POLICY_SOURCE", "crd", "policy_source", "crd"),
@@ -85,6 +87,13 @@ def test_every_variable_sets_a_field_and_every_field_is_documented() -> None:
 )
 def test_variable(name: str, text: str, field: str, value: object) -> None:
     assert getattr(load(None, {name: text}), field) == value
+
+
+def test_d9_a_key_goes_with_a_certificate() -> None:
+    with pytest.raises(SettingsError, match="EBFW_METRICS_TLS_KEY is set without EBFW_METRICS_TLS_CERT"):
+        load(None, {"EBFW_METRICS_TLS_KEY": "/etc/k.pem"})
+    both = load(None, {"EBFW_METRICS_TLS_KEY": "/etc/k.pem", "EBFW_METRICS_TLS_CERT": "/etc/c.pem"})
+    assert both.metrics_key == Path("/etc/k.pem")
 
 
 def test_set_but_empty_is_not_set() -> None:
