@@ -19,14 +19,14 @@ from lab import LabError, net, sweep
 
 
 def _sections() -> dict[str, tuple[str, Callable[[bool], Iterator[Row]]]]:
-    from bench import datapath, live, parsers, pipeline, process, start, tables
+    from bench import datapath, live, memory, parsers, pipeline, process, start, tables
 
     return {
         "datapath": ("what a packet costs", datapath.rows),
         "live": ("what an application pays", live.rows),
         "pipeline": ("what the pipeline sustains", pipeline.rows),
         "cpu": ("what the agent's process uses: CPU", process.cpu_rows),
-        "memory": ("what the agent's process uses: memory", process.memory_rows),
+        "memory": ("what the agent's process uses: memory", memory.rows),
         "maps": ("what the maps take, and reading them", tables.rows),
         "start": ("from start to attached", start.rows),
         "parsers": ("the parsers", parsers.rows),

@@ -1,4 +1,4 @@
-"""What the agent's process uses: CPU at a steady rate of records, memory after a million of them.
+"""What the agent's process uses: CPU at a steady rate of records. Memory: memory.py, with the same load.
 
 Records are written into the agent's own ring by a BPF program, at a steady pace, in the sizes and the mix of
 connections to names: DNS query, answer, opened, ClientHello, closed. The counters of their flows move as well. Time
@@ -30,7 +30,7 @@ def cpu_rows(quick: bool) -> Iterator[Row]:
     for rate, bound in ((0, None), (1_000, 2.0), (10_000, 15.0)):
         yield _cpu(quick, rate, bound, {}, "", "metrics on, no lines, no OTLP")
     yield _cpu(quick, 10_000, None, {"EBFW_OUTPUT": "json"}, ", JSON lines", "written to /dev/null")
-    with _receiver() as url:
+    with receiver() as url:
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": url}
         yield _cpu(quick, 10_000, None, environment, ", OTLP", "spans, logs, metrics over HTTP")
 
@@ -39,7 +39,7 @@ def _cpu(quick: bool, rate: int, bound: float | None, environment: dict[str, str
     flows, windows = 2000, 2 if quick else 5
     name = f"agent CPU at {rate:,} records/s{title}" if rate else "agent CPU, idle"
     for attempt in range(3):
-        with _Loaded(flows, environment) as loaded:
+        with Loaded(flows, environment) as loaded:
             samples = []
             loaded.feed(flows * 10)  # every flow twice: a busy node knows its peers
             loaded.pace(rate, 2)
@@ -58,62 +58,18 @@ def _cpu(quick: bool, rate: int, bound: float | None, environment: dict[str, str
     return single(name, samples, "% of a core", bound, f"{flows:,} flows; {note}")
 
 
-def memory_rows(quick: bool) -> Iterator[Row]:
-    total, flows = (100_000 if quick else 1_000_000), 10_000
-    # Metrics are pushed every minute by default; what a push needs has to be in the figure.
-    with (
-        _receiver() as url,
-        _Loaded(flows, {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_METRIC_EXPORT_INTERVAL": "5000"}) as loaded,
-    ):
-        start = loaded.agent.rss()["VmRSS"]
-        at_half = at_end = 0.0
-        for part in range(20):
-            loaded.feed(total // 20)
-            progress.step(f"agent memory: {(part + 1) * total // 20:,} of {total:,} records")
-            if part == 9:
-                time.sleep(3)
-                at_half = loaded.agent.rss()["VmRSS"]
-        time.sleep(3)
-        loaded.check()
-        kinds = loaded.agent.rss()
-        at_end = kinds["VmRSS"]
-    parts = ", ".join(f"{kind[3:].lower()} {kinds[kind]:.0f}" for kind in ("RssAnon", "RssFile", "RssShmem"))
-    what = f"{total:,} records over {flows:,} flows"
-    yield Row(
-        "agent RSS, OTLP on",
-        at_end,
-        "MB",
-        "at start",
-        start,
-        at_end / start,
-        90,
-        "value",
-        note=f"{what}; {parts}",
-    )
-    yield Row(
-        "agent RSS, flat",
-        at_end,
-        "MB",
-        "after half of them",
-        at_half,
-        at_end / at_half,
-        1.03,
-        note="after all of them",
-    )
-
-
-class _Loaded:
+class Loaded:
     """An agent on a cgroup of its own with flows that exist, and records for them at any pace."""
 
-    def __init__(self, flows: int, environment: dict[str, str]) -> None:
-        self._count, self._environment = flows, environment
+    def __init__(self, flows: int, environment: dict[str, str], workloads: int = 10) -> None:
+        self._count, self._environment, self._workloads = flows, environment, workloads
         self._guard = contextlib.ExitStack()
         self._moved = 0
 
-    def __enter__(self) -> _Loaded:
+    def __enter__(self) -> Loaded:
         with contextlib.ExitStack() as stack:
             cgroup = stack.enter_context(Cgroup("bench"))
-            children = [cgroup.child(f"bench-{number}.service") for number in range(10)]
+            children = [cgroup.child(f"bench-{number}.service") for number in range(self._workloads)]
             pins = stack.enter_context(pin_path())
             self.agent = stack.enter_context(Agent(cgroup, pins, cpus()[1], self._environment))
             stack.enter_context(pinned_to(cpus()[0]))
@@ -167,7 +123,7 @@ class _Loaded:
 
 
 @contextlib.contextmanager
-def _receiver() -> Iterator[str]:
+def receiver() -> Iterator[str]:
     """The tests' OTLP receiver, in a process of its own so that its work is nobody's; its URL."""
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.process"],

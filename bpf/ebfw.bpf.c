@@ -11,6 +11,7 @@
 #include "connect.h"
 #include "packets.h"
 #include "tls.h"
+#include "processes.h"
 
 #if EBFW_PART != 2
 int ebfw_connect4(struct bpf_sock_addr *ctx)
@@ -72,25 +73,34 @@ int ebfw_release(struct bpf_sock *ctx)
 
 int ebfw_ssl_write(struct registers *regs)
 {
-	tls_sends(ARGUMENT1(regs), ARGUMENT2(regs), ARGUMENT3(regs));
+	tls_offers(ARGUMENT1(regs), ARGUMENT2(regs), ARGUMENT3(regs));
+	return 0;
+}
+
+int ebfw_ssl_write_return(struct registers *regs)
+{
+	tls_write_returns(RESULT(regs));
 	return 0;
 }
 
 int ebfw_ssl_read(struct registers *regs)
 {
-	tls_asks(ARGUMENT1(regs), ARGUMENT2(regs), 0);
+	/* only connections that have sent a request have a stream */
+	if (tls_stream_of(ARGUMENT1(regs)))
+		tls_asks(bpf_get_current_pid_tgid(), ARGUMENT1(regs), ARGUMENT2(regs), 0);
 	return 0;
 }
 
 int ebfw_ssl_read_ex(struct registers *regs)
 {
-	tls_asks(ARGUMENT1(regs), ARGUMENT2(regs), ARGUMENT4(regs));
+	if (tls_stream_of(ARGUMENT1(regs)))
+		tls_asks(bpf_get_current_pid_tgid(), ARGUMENT1(regs), ARGUMENT2(regs), ARGUMENT4(regs));
 	return 0;
 }
 
 int ebfw_ssl_read_return(struct registers *regs)
 {
-	tls_read_returns(RESULT(regs));
+	tls_read_returns(bpf_get_current_pid_tgid(), RESULT(regs));
 	return 0;
 }
 
@@ -98,5 +108,37 @@ int ebfw_ssl_free(struct registers *regs)
 {
 	tls_freed(ARGUMENT1(regs));
 	return 0;
+}
+
+int ebfw_go_write(struct registers *regs)
+{
+	if (in_scope())
+		tls_sends(GO_ARGUMENT1(regs), GO_ARGUMENT2(regs), GO_ARGUMENT3(regs), bpf_ktime_get_ns());
+	return 0;
+}
+
+int ebfw_go_read(struct registers *regs)
+{
+	/* net/http waits for the answer in one goroutine before the other has sent the request */
+	if (in_scope())
+		tls_asks(goroutine(GOROUTINE(regs)), GO_ARGUMENT1(regs), GO_ARGUMENT2(regs), 0);
+	return 0;
+}
+
+int ebfw_go_read_return(struct registers *regs)
+{
+	tls_read_returns(goroutine(GOROUTINE(regs)), GO_ARGUMENT1(regs));
+	return 0;
+}
+
+int ebfw_go_close(struct registers *regs)
+{
+	tls_freed(GO_ARGUMENT1(regs));
+	return 0;
+}
+
+int ebfw_exec(void *ctx)
+{
+	return program_began();
 }
 #endif

@@ -24,6 +24,7 @@
  *                                                                                          known with the next request
  * TLS_STREAMS      struct tls_key    struct tls_stream     kernel               kernel     LRU: a request has no answer
  * TLS_CALLS        thread            struct tls_call       kernel               kernel     LRU: the same
+ * EXECUTIONS       (ring buffer)     struct execution      kernel               agent      LOST_EXECUTION
  *
  * No counter lives in an LRU map: LRU evicts without a signal, and a total would fall.
  */

@@ -22,6 +22,12 @@ struct registers {
 #define ARGUMENT3(regs) ((regs)->dx)
 #define ARGUMENT4(regs) ((regs)->cx)
 #define RESULT(regs) ((regs)->ax)
+/* Go passes arguments and results in registers of its own choice (internal ABI, since 1.17), and keeps the goroutine
+ * in one: it may go on in another thread, so that a call is known by it. */
+#define GO_ARGUMENT1(regs) ((regs)->ax)
+#define GO_ARGUMENT2(regs) ((regs)->bx)
+#define GO_ARGUMENT3(regs) ((regs)->cx)
+#define GOROUTINE(regs) ((regs)->r14)
 #elif defined(EBFW_ARCH_AARCH64)
 struct registers {
 	u64 regs[31];
@@ -31,6 +37,10 @@ struct registers {
 #define ARGUMENT3(regs) ((regs)->regs[2])
 #define ARGUMENT4(regs) ((regs)->regs[3])
 #define RESULT(regs) ((regs)->regs[0])
+#define GO_ARGUMENT1(regs) ((regs)->regs[0])
+#define GO_ARGUMENT2(regs) ((regs)->regs[1])
+#define GO_ARGUMENT3(regs) ((regs)->regs[2])
+#define GOROUTINE(regs) ((regs)->regs[28])
 #else
 #error "TLS probes know the registers of x86-64 and arm64 only"
 #endif
@@ -91,9 +101,9 @@ INLINE void fill_tls(struct record *r, const struct tls_stream *stream, u8 kind,
 		return;                                                                                               \
 	} while (0)
 
-INLINE void ship_user(const struct tls_stream *stream, u8 kind, u64 data, u64 whole, u64 most)
+INLINE void ship_user(const struct tls_stream *stream, u8 kind, u64 data, u64 whole, u64 most, u64 now)
 {
-	u64 now = bpf_ktime_get_ns(), n = whole > most ? most : whole;
+	u64 n = whole > most ? most : whole;
 
 	if (n <= ROOM_MEDIUM)
 		SHIP_USER(ROOM_MEDIUM);
@@ -127,16 +137,27 @@ INLINE struct tls_stream *new_tls_stream(u64 connection)
 	return bpf_map_lookup_elem(MAP(TLS_STREAMS), &key);
 }
 
-/* An application is about to send n bytes at `data` through a TLS connection. */
-INLINE void tls_sends(u64 connection, u64 data, u64 n)
+INLINE bool in_scope(void)
 {
-	struct tls_stream *stream;
+	return bpf_current_task_under_cgroup(MAP(SCOPE), 0) == 1;
+}
+
+INLINE bool begins_request(u64 data, u64 n)
+{
 	u32 word = 0;
 
-	if (!n || n > 0x7fffffff || bpf_current_task_under_cgroup(MAP(SCOPE), 0) != 1)
+	return n >= 16 && !bpf_probe_read_user(&word, sizeof(word), (void *)data) && is_method(word);
+}
+
+/* An application sends n bytes at `data` through a TLS connection; `now`: when it called its library. */
+INLINE void tls_sends(u64 connection, u64 data, u64 n, u64 now)
+{
+	struct tls_stream *stream;
+
+	if (!n || n > 0x7fffffff)
 		return;
 	stream = tls_stream_of(connection);
-	if (n < 16 || bpf_probe_read_user(&word, sizeof(word), (void *)data) || !is_method(word)) {
+	if (!begins_request(data, n)) {
 		if (stream)
 			stream->sent_bytes += n;
 		return;
@@ -149,18 +170,53 @@ INLINE void tls_sends(u64 connection, u64 data, u64 n)
 		tell_tls_received(stream, 0);
 	stream->requests += 1;
 	stream->sent_bytes = n;
-	ship_user(stream, RECORD_TLS_WRITE, data, n, ROOM_HUGE);
+	ship_user(stream, RECORD_TLS_WRITE, data, n, ROOM_HUGE, now);
 }
 
-/* An application asks for what a TLS connection has received; nothing is there before it returns. */
-INLINE void tls_asks(u64 connection, u64 buffer, u64 count_at)
+/*
+ * A call that writes, and its end. Only the end tells whether anything was sent: a call that would block, or that comes
+ * before the handshake is done (Node), fails and is made again with the same bytes.
+ */
+#define WRITING (1ULL << 63)
+INLINE void tls_offers(u64 connection, u64 data, u64 n)
 {
-	u64 thread = bpf_get_current_pid_tgid();
+	u64 thread = WRITING | bpf_get_current_pid_tgid();
+	struct tls_call call = {.connection = connection, .buffer = data, .count_at = n};
+
+	if (!n || !in_scope() || (!tls_stream_of(connection) && !begins_request(data, n)))
+		return;
+	call.time_ns = bpf_ktime_get_ns();
+	bpf_map_update_elem(MAP(TLS_CALLS), &thread, &call, BPF_ANY);
+}
+
+/* `result`: how many bytes were taken or, of the _ex form, 1; nothing or an error below 1. */
+INLINE void tls_write_returns(u64 result)
+{
+	u64 thread = WRITING | bpf_get_current_pid_tgid(), n = (u32)result;
+	struct tls_call *found = bpf_map_lookup_elem(MAP(TLS_CALLS), &thread), call;
+
+	if (!found)
+		return;
+	call = *found;
+	bpf_map_delete_elem(MAP(TLS_CALLS), &thread);
+	if (!n || n > 0x7fffffff)
+		return;
+	tls_sends(call.connection, call.buffer, n > 1 && n < call.count_at ? n : call.count_at, call.time_ns);
+}
+
+/* A goroutine among all threads: where it is described lies below 2^42, and numbers of processes below 2^22. */
+INLINE u64 goroutine(u64 address)
+{
+	return (bpf_get_current_pid_tgid() >> 32 << 42) ^ address;
+}
+
+/* An application asks for what a TLS connection has received; nothing is there before it returns. `thread`: what the
+ * call and its return have in common. */
+INLINE void tls_asks(u64 thread, u64 connection, u64 buffer, u64 count_at)
+{
 	struct tls_call call = {.connection = connection, .buffer = buffer, .count_at = count_at};
 
-	/* only connections that have sent a request have a stream */
-	if (tls_stream_of(connection))
-		bpf_map_update_elem(MAP(TLS_CALLS), &thread, &call, BPF_ANY);
+	bpf_map_update_elem(MAP(TLS_CALLS), &thread, &call, BPF_ANY);
 }
 
 /* It has got n bytes at `data`. */
@@ -175,7 +231,7 @@ INLINE void tls_receives(u64 connection, u64 data, u64 n)
 		return;
 	if (stream->requests != stream->answers) {
 		stream->response_bytes = n;
-		ship_user(stream, RECORD_RESPONSE, data, n, ROOM_LARGE);
+		ship_user(stream, RECORD_RESPONSE, data, n, ROOM_LARGE, bpf_ktime_get_ns());
 		/* an interim response: see inspect_answer() */
 		if (n >= 13 && !bpf_probe_read_user(&status, sizeof(status), (void *)data + 8) &&
 		    (status & 0xffff) == 0x3120 && status >> 16 != 0x3130)
@@ -196,9 +252,9 @@ INLINE void tls_receives(u64 connection, u64 data, u64 n)
 }
 
 /* A call to read returns `result`: how much was read or, where count_at is set, 1. */
-INLINE void tls_read_returns(u64 result)
+INLINE void tls_read_returns(u64 thread, u64 result)
 {
-	u64 thread = bpf_get_current_pid_tgid(), n = result;
+	u64 n = result;
 	struct tls_call *found = bpf_map_lookup_elem(MAP(TLS_CALLS), &thread), call;
 
 	if (!found)

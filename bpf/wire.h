@@ -33,6 +33,7 @@ enum map_id {
 	MAP_RECEIVED,
 	MAP_TLS_STREAMS,
 	MAP_TLS_CALLS,
+	MAP_EXECUTIONS,
 };
 
 enum role { ROLE_UNKNOWN, ROLE_CLIENT, ROLE_SERVER };
@@ -128,6 +129,7 @@ enum tally {
 	LOST_SOCKET,        /* no socket storage: traffic of this packet went uncounted */
 	LOST_HELLO,         /* a ClientHello that could not be read to its end */
 	LOST_SCRATCH,       /* no room to read a name in: the flow stays unnamed */
+	LOST_EXECUTION,     /* no room to say that a program began: the next scan finds it */
 	FILTERED_CONNECT,
 	FILTERED_CLOSE,
 	FILTERED_TLS,
@@ -190,6 +192,13 @@ struct record {
 	__u32 rtt_us;
 	__u32 offset;
 	__u32 sequence; /* HTTP/1: the how-manieth request of its connection, from 1 */
+};
+
+/* What EXECUTIONS carries: a process of the watched subtree became another program. */
+struct execution {
+	__u64 time_ns;
+	__u32 pid;
+	__u32 pad;
 };
 
 /* Payload rooms: a record takes the smallest that fits. */
@@ -263,11 +272,12 @@ struct tls_stream {
 	__u32 pad;
 };
 
-/* A read that has not returned, by thread. */
+/* A call that has not returned, by thread and direction, or by goroutine. */
 struct tls_call {
 	__u64 connection;
 	__u64 buffer;
-	__u64 count_at; /* where the library says how much it read; 0: it returns that */
+	__u64 count_at; /* read: where the library says how much it read; 0: it returns that. write: how many bytes */
+	__u64 time_ns;  /* write: when it was called */
 };
 
 /*

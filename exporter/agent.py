@@ -25,15 +25,16 @@ from exporter.emit.metrics import Metrics
 from exporter.emit.otlp import Otlp
 from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
+from exporter.emit.routes import Routes
 from exporter.enrich import ContainerNames, HiddenNames, Names, PeerGroups, Workloads, find_root, root_problem
 from exporter.errors import SettingsError
-from exporter.events import Counts, Event, Flow
+from exporter.events import TLS, Counts, Event, Flow
 from exporter.health import losses
 from exporter.inventory import Inventory
 from exporter.join import Join
 from exporter.kernel import maps, pins, preflight, wire
 from exporter.kernel.probes import Kernel
-from exporter.kernel.tls_libraries import TlsLibraries
+from exporter.kernel.tls_processes import TlsProcesses
 from exporter.settings import Settings
 
 log = logging.getLogger("ebfw")
@@ -44,7 +45,6 @@ REFRESH_SECONDS = 1.0  # who asks waits no longer than this
 HOUSEKEEPING_SECONDS = 5.0
 BATCH = 256  # records in one step of the pipeline,
 RECORDS = 100_000  # and until the pipeline looks at anything else
-NEW_PROCESSES = 64  # looked at for TLS libraries in one tick
 IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slot back
 
 
@@ -57,7 +57,14 @@ def run(settings: Settings) -> int:
     kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
     groups = PeerGroups(settings.peer_groups) if settings.peer_groups else None  # a mistake costs nothing yet
     resources = Resources(platform.node(), settings.node_name, __version__, settings.otel)
-    metrics = Metrics(resources)
+    routes = Routes(settings.routes)
+    metrics = Metrics(
+        resources,
+        level=settings.metrics_level,
+        attributes=settings.metrics_attributes,
+        opt_in=settings.metrics_opt_in,
+        routes=routes if settings.inspect_paths else None,
+    )
     unready = ["the programs are not attached yet"]  # why /readyz says no, in its one place; "" = ready
     server = serve_metrics(settings, metrics, lambda: unready[0])
     try:
@@ -128,14 +135,14 @@ class Pipeline:
             logs=settings.logs,
             inventory=self.inventory is not None,
         )
-        self.libraries = self._tls_libraries(settings, root)
+        self.tls = self._tls_processes(settings, root)
         self.alive = {workload.cgroup_id: workload for workload in self.workloads.live()}
         self.stopping = False
         self.refresh_wanted, self.refreshed = threading.Event(), threading.Event()
         self.watched = inode(kernel.cgroup)
         self.watching = True
-        self.met: set[int] = set()  # pids of the events since the last look
-        self.looked_at: set[int] = set()
+        self.met: set[int] = set()  # processes of the events since the last tick
+        self.hellos: list[int] = []  # and those of the TLS connections among them
         self.next_fold = self.next_housekeeping = 0.0
         metrics.gauge("ebfw.build.info", 1, version=__version__, kernel=platform.release())
 
@@ -157,16 +164,17 @@ class Pipeline:
 
     def tell(self, events: list[Event]) -> None:
         """Events to every way out, their secrets hidden."""
-        observe, write, emit, options = self.metrics.observe, self.console.write, self.otlp.emit, self.redaction
+        write, emit, options = self.console.write, self.otlp.emit, self.redaction
         events = self.hygiene.observe(events)
-        counted, groups = events, self.groups
-        if groups is not None:
+        groups = self.groups
+        if groups is None:
+            self.metrics.observe_all(events)
+        else:
             events = [event if event.filtered else groups.tag(event) for event in events]
-            counted = [groups.counted(event) for event in events]
-        for event in counted:
-            observe(event)
+            self.metrics.observe_all([groups.counted(event) for event in events])
         told = [redact(event, options) for event in events if not event.filtered]
         self.met.update([event.pid for event in told])
+        self.hellos += [event.pid for event in told if event.kind == TLS and event.transport == "tcp"]
         if self.inventory is not None:
             self.inventory.observe(told)
             if len(told) < len(events):
@@ -191,7 +199,7 @@ class Pipeline:
             wake.poll(TICK)
             self.workloads.poll()
             self.drain()
-            self._look_at_processes()
+            self._tell_of_processes()
             now = time.monotonic()
             if now >= self.next_fold or self.refresh_wanted.is_set():
                 self.refresh_wanted.clear()
@@ -224,6 +232,9 @@ class Pipeline:
             if inventory is not None:
                 inventory.add(flow, delta, since, first)
             self.metrics.add(flow if groups is None else groups.counted_flow(flow), delta, since)
+        if self.tls is not None:
+            for coverage, connections in self.tls.take_connections().items():
+                self.metrics.count("ebfw.tls.connections", connections, coverage=coverage)
         for (stage, cause), total in self.kernel.tallies().items():
             if stage == "filtered":
                 self.metrics.set_total("ebfw.filtered", total, kind=cause)
@@ -272,10 +283,9 @@ class Pipeline:
         if self.inventory is not None:
             self.inventory.save()
         heap.give_back()
-        if self.libraries is not None:
-            self.looked_at.clear()
-            self.libraries.scan()
-            self.metrics.gauge("ebfw.uprobe.attached", len(self.libraries))
+        if self.tls is not None:
+            for coverage, files in self.tls.libraries.by_coverage().items():
+                self.metrics.gauge("ebfw.uprobe.attached", files, coverage=coverage)
         for name, used, size in (
             ("flows", len(table), table.flows),
             ("names", len(self.names), 65_536),
@@ -287,21 +297,19 @@ class Pipeline:
             self.metrics.gauge("ebfw.table.used", used, table=name)
             self.metrics.gauge("ebfw.table.size", size, table=name)
 
-    def _tls_libraries(self, settings: Settings, root: Path) -> TlsLibraries | None:
-        if not settings.uprobes or not self.kernel.programs:
+    def _tls_processes(self, settings: Settings, root: Path) -> TlsProcesses | None:
+        programs, cgroup = self.kernel.programs, self.kernel.cgroup
+        if not settings.uprobes or "ssl_write" not in programs:
             return None
-        libraries = TlsLibraries(self.kernel.programs, self.kernel.cgroup, everywhere=self.kernel.cgroup == root)
-        libraries.scan()
-        return libraries
+        return TlsProcesses(programs, self.kernel.executions, cgroup, everywhere=cgroup == root)
 
-    def _look_at_processes(self) -> None:
-        """Processes that we have not met: the TLS library of one may have no probe yet. A few at a time: a storm of
-        short ones must not hold up the ring, and what is not looked at now is found by the next scan."""
-        new, self.met = self.met - self.looked_at - {0}, set()
-        for pid in list(new)[:NEW_PROCESSES]:
-            self.looked_at.add(pid)
-            if self.libraries is not None:
-                self.libraries.look_at(pid)
+    def _tell_of_processes(self) -> None:
+        """Who was met, and whose TLS connections began: the TLS library of one may have no probe yet."""
+        met, hellos = self.met, self.hellos
+        self.met, self.hellos = set(), []
+        met.discard(0)
+        if self.tls is not None:
+            self.tls.tell(met, hellos)
 
     def _look_after_cgroup(self) -> None:
         """The kernel detaches the programs when their cgroup is removed; one that is made again is another."""
@@ -315,8 +323,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Stop the ways out, the last data first."""
-        if self.libraries is not None:
-            self.libraries.close()
+        if self.tls is not None:
+            self.tls.close()
         if self.inventory is not None:
             self.inventory.close()
             self.tell(self.inventory.due())

@@ -142,6 +142,21 @@ class Settings:
     query_values: frozenset[str] = frozenset()
     """Names of URL query parameters whose values are shown, lower case. All other values read REDACTED."""
 
+    metrics_level: str = "workload"
+    """Whose series: workload (the pods of one workload on this node together) or pod (each its own)."""
+
+    metrics_attributes: frozenset[str] = frozenset()
+    """Attributes that metrics have only when asked for: dns question type, peer port, url scheme and template, JA4;
+    each multiplies the series of its metrics. docs/telemetry.md names them."""
+
+    metrics_opt_in: frozenset[str] = frozenset()
+    """Metrics that there are only when asked for: body sizes, time to the first byte."""
+
+    routes: tuple[str, ...] = ()
+    """Templates of request paths, for span names and url.template, such as /users/{id}/*: `{name}` and `*` stand for
+    one segment, `*` at the end for all that follow. The first that fits wins; other paths get a template by their
+    looks."""
+
     log_level: str = "info"
     """The agent's own log, on standard error: debug, info, warning or error."""
 
@@ -256,6 +271,17 @@ def _names(text: str) -> frozenset[str]:
     return names
 
 
+_ROUTE = re.compile(r"/(?:[^\s,?#/]+(?:/[^\s,?#/]+)*/?)?")
+
+
+def _routes(text: str) -> tuple[str, ...]:
+    found = tuple(pattern for part in text.split(",") if (pattern := part.strip()))
+    for pattern in found:
+        if not _ROUTE.fullmatch(pattern):
+            raise ValueError(f"{pattern} is no pattern; one looks like /users/{{id}}/*")
+    return found
+
+
 def network(text: str) -> Network:
     """A CIDR as Go's net.ParseCIDR reads it: host bits are masked away. A bare address is that one host.
 
@@ -322,6 +348,10 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("EBFW_TLS_UPROBES", "uprobes", _boolean, "boolean"),
     Variable("EBFW_PERSIST", "persist", _boolean, "boolean"),
     Variable("EBFW_QUERY_VALUES", "query_values", _names, "names, separated by commas"),
+    Variable("EBFW_METRICS_LEVEL", "metrics_level", _one_of("workload", "pod"), "workload or pod"),
+    Variable("EBFW_METRICS_ATTRIBUTES", "metrics_attributes", _names, "attribute names, separated by commas"),
+    Variable("EBFW_METRICS_OPT_IN", "metrics_opt_in", _names, "metric names, separated by commas"),
+    Variable("EBFW_ROUTES", "routes", _routes, "patterns, separated by commas"),
     Variable("EBFW_LOG_LEVEL", "log_level", _one_of("debug", "info", "warning", "error"), "debug to error"),
 )
 

@@ -11,31 +11,26 @@ job: names and units (semconv.py), series (metrics.py).
     requests, connections  how often a connection is used again
     time                   in dns, connect and tls, beside the requests themselves
     ports                  of the ephemeral range, how many are held towards one destination
-
-Workloads are told apart by what stays the same over restarts. Beyond WORKLOADS of them all are `~other`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from exporter.emit import semconv as c
 from exporter.emit.metrics import Metrics
-from exporter.enrich.identity import who
 from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, OK, SERVER, TLS, Counts, Event, Flow, Workload
 
 log = logging.getLogger(__name__)
 
-WORKLOADS = 200
-DESTINATIONS = 200  # that ever had PORTS_SHOWN ports in use
 PORTS_SHOWN = 100
 PORTS_TOLD = 0.8  # of the range, in use towards one destination: a warning in the agent's log
 _OPEN = 65_536
 _CONNECTIONS = 8_192
-_CACHED = 4_096
 
 _CREDENTIALS = frozenset(("authorization", "proxy-authorization", "cookie"))
 _OBSOLETE = frozenset(("1.1", "1.0", "ssl 3.0", "ssl 2.0", "3.0", "2.0"))
@@ -43,12 +38,16 @@ _POST_QUANTUM = ("MLKEM", "KYBER")
 _AT = Event._fields.index("credentials")
 _new = tuple.__new__
 
-CLEARTEXT, OBSOLETE, NO_POST_QUANTUM, SEARCH = (
-    "cleartext_credentials",
-    "obsolete_tls",
-    "no_post_quantum",
-    "dns_search",
-)
+# What is counted, by number: a tuple of names would be hashed for each event.
+_COUNTERS = (
+    *((metric, (finding,)) for finding in ("cleartext_credentials", "obsolete_tls", "no_post_quantum", "dns_search")
+      for metric in (c.CHECKED, c.FINDINGS)),
+    *((c.HYGIENE_TIME, (phase,)) for phase in ("dns", "connect", "tls", "request")),
+    (c.HYGIENE_CONNECTIONS, ()),
+    (c.HYGIENE_REQUESTS, ()),
+)  # fmt: skip
+_CLEARTEXT, _OBSOLETE_TLS, _NO_POST_QUANTUM, _SEARCH = range(0, 8, 2)  # the finding itself is one further
+_DNS_TIME, _CONNECT_TIME, _TLS_TIME, _REQUEST_TIME, _CONNECTIONS_CLOSED, _REQUESTS = range(8, 14)
 
 
 class Hygiene:
@@ -59,18 +58,12 @@ class Hygiene:
         self._available = _ports(port_range)
         if self._available:
             metrics.gauge(c.PORTS_AVAILABLE.name, self._available)
-        self._names: dict[int, tuple[Workload, str]] = {}
-        self._known: set[str] = set()
-        self._findings: defaultdict[tuple[str, str], int] = defaultdict(int)
-        self._checked: defaultdict[tuple[str, str], int] = defaultdict(int)
-        self._time: defaultdict[tuple[str, str], int] = defaultdict(int)  # ns
-        self._connections: defaultdict[str, int] = defaultdict(int)
-        self._requests: defaultdict[str, int] = defaultdict(int)
+        # Since the last publish(): by workload, and by number in _COUNTERS. Times are nanoseconds.
+        self._counts: dict[int, tuple[Workload, list[int]]] = {}
         self._carried: OrderedDict[int, int] = OrderedDict()  # requests so far, by the socket's cookie
         self._closed: list[tuple[int, Workload]] = []
-        self._open: dict[tuple[str, str, int], int] = {}
-        self._shown: set[tuple[str, str, int]] = set()
-        self._told: set[tuple[str, str, int]] = set()
+        self._open: dict[tuple[int, str, int], list[Any]] = {}  # (cgroup, peer, port) -> workload, connections
+        self._told: set[tuple[int, str, int]] = set()
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -84,14 +77,12 @@ class Hygiene:
         kind = event.kind
         if kind == CONNECT:
             if event.status == OK and event.duration is not None:
-                self._time[self._name(event.workload), "connect"] += event.duration
+                self._of(event.workload)[_CONNECT_TIME] += event.duration
         elif kind == DNS:
-            name = self._name(event.workload)
-            self._checked[name, SEARCH] += 1
-            if event.search_expansion:
-                self._findings[name, SEARCH] += 1
-            if event.duration is not None:
-                self._time[name, "dns"] += event.duration
+            counts = self._of(event.workload)
+            counts[_SEARCH] += 1
+            counts[_SEARCH + 1] += event.search_expansion
+            counts[_DNS_TIME] += event.duration or 0
         elif kind == CLOSE:
             self._closed.append((event.cookie, event.workload))
         elif kind == TLS:
@@ -100,37 +91,40 @@ class Hygiene:
             return self._request(event)
         return event
 
+    def _of(self, workload: Workload) -> list[int]:
+        known = self._counts.get(workload.cgroup_id)
+        if known is None:
+            known = self._counts[workload.cgroup_id] = (workload, [0] * len(_COUNTERS))
+        return known[1]
+
     def _handshake(self, event: Event) -> None:
-        name, tls = self._name(event.workload), event.tls
-        if event.duration is not None:
-            self._time[name, "tls"] += event.duration
+        counts, tls = self._of(event.workload), event.tls
+        counts[_TLS_TIME] += event.duration or 0
         if tls is None:
             return
-        if tls.version:
-            self._checked[name, OBSOLETE] += 1
-            if tls.version.lower() in _OBSOLETE:
-                self._findings[name, OBSOLETE] += 1
+        version = tls.version.lower()
+        if version:
+            counts[_OBSOLETE_TLS] += 1
+            counts[_OBSOLETE_TLS + 1] += version in _OBSOLETE
         # TLS 1.2 and older have no such key exchange; of 1.3 the server's answer says which was taken.
-        if tls.group or (tls.version and tls.version.lower() not in ("1.3", "")):
-            self._checked[name, NO_POST_QUANTUM] += 1
-            if not any(word in tls.group.upper() for word in _POST_QUANTUM):
-                self._findings[name, NO_POST_QUANTUM] += 1
+        if tls.group or version not in ("", "1.3"):
+            counts[_NO_POST_QUANTUM] += 1
+            counts[_NO_POST_QUANTUM + 1] += not any(word in tls.group.upper() for word in _POST_QUANTUM)
 
     def _request(self, event: Event) -> Event:
-        name, cookie, exchange = self._name(event.workload), event.cookie, event.exchange
+        counts, cookie, exchange = self._of(event.workload), event.cookie, event.exchange
         if cookie and event.port:  # else it is known by its TLS library alone, and its end is not
             carried = self._carried.get(cookie, 0) + 1
             self._carried[cookie] = max(carried, exchange.sequence) if exchange is not None else carried
             if len(self._carried) > _CONNECTIONS:
                 self._carried.popitem(last=False)
-        if event.duration is not None:
-            self._time[name, "request"] += event.duration
+        counts[_REQUEST_TIME] += event.duration or 0
         if event.kind == HTTPS:
             return event
-        self._checked[name, CLEARTEXT] += 1
+        counts[_CLEARTEXT] += 1
         if not _credentials(event):
             return event
-        self._findings[name, CLEARTEXT] += 1
+        counts[_CLEARTEXT + 1] += 1
         return _new(Event, (*event[:_AT], True, *event[_AT + 1 :]))
 
     def settle(self) -> None:
@@ -139,9 +133,9 @@ class Hygiene:
         closed, self._closed = self._closed, []
         for cookie, workload in closed:
             if carried := self._carried.pop(cookie, 0):
-                name = self._name(workload)
-                self._connections[name] += 1
-                self._requests[name] += carried
+                counts = self._of(workload)
+                counts[_CONNECTIONS_CLOSED] += 1
+                counts[_REQUESTS] += carried
 
     # --- counters -------------------------------------------------------------------------------------------------
 
@@ -150,58 +144,37 @@ class Hygiene:
         moved = delta.opened - delta.closed
         if not moved or flow.role == SERVER or not flow.peer:
             return
-        key = (self._name(flow.workload), flow.peer, flow.port)
+        key = (flow.workload.cgroup_id, flow.peer, flow.port)
         # A connection opens in the row of an address and closes in that of a name: both are of one destination.
-        now = self._open.get(key, 0) + moved
-        if now:
-            if len(self._open) < _OPEN or key in self._open:
-                self._open[key] = now
+        found = self._open.get(key)
+        if found is None:
+            if len(self._open) < _OPEN:
+                self._open[key] = [flow.workload, moved]
         else:
-            del self._open[key]
+            found[1] += moved
+            if not found[1]:
+                del self._open[key]
 
     def publish(self) -> None:
         """Bring the metrics up to date."""
-        total = self._metrics.set_total
-        for totals, metric in ((self._findings, c.FINDINGS), (self._checked, c.CHECKED)):
-            for (name, finding), count in totals.items():
-                total(metric.name, count, workload=name, finding=finding)
-        for (name, phase), nanoseconds in self._time.items():
-            total(c.HYGIENE_TIME.name, nanoseconds / 1e9, workload=name, phase=phase)
-        for name, count in self._connections.items():
-            total(c.HYGIENE_CONNECTIONS.name, count, workload=name)
-            total(c.HYGIENE_REQUESTS.name, self._requests[name], workload=name)
-        self._publish_ports()
-
-    def _publish_ports(self) -> None:
-        busy = {key for key, count in self._open.items() if count >= PORTS_SHOWN}
-        for key in sorted(busy - self._shown):
-            if len(self._shown) < DESTINATIONS:
-                self._shown.add(key)
-        for name, peer, port in self._shown:
-            used = max(self._open.get((name, peer, port), 0), 0)
-            self._metrics.gauge(c.PORTS_USED.name, used, workload=name, address=peer, port=str(port))
-        full = {key for key in busy if self._available and self._open[key] >= PORTS_TOLD * self._available}
-        for name, peer, port in full - self._told:
-            log.warning(
-                "%s has %d of %d ephemeral ports in use towards %s:%d; beyond the last one connect() fails",
-                name, self._open[name, peer, port], self._available, peer, port,
-            )  # fmt: skip
-        self._told = full
-
-    def _name(self, workload: Workload) -> str:
-        known = self._names.get(workload.cgroup_id)
-        if known is not None and known[0] is workload:
-            return known[1]
-        name = str(who(workload))
-        if name not in self._known:
-            if len(self._known) < WORKLOADS:
-                self._known.add(name)
-            else:
-                name = c.OTHER
-        if len(self._names) >= _CACHED:
-            self._names.clear()
-        self._names[workload.cgroup_id] = (workload, name)
-        return name
+        taken, self._counts = self._counts, {}
+        for workload, counts in taken.values():
+            for (metric, values), count in zip(_COUNTERS, counts, strict=True):
+                if count:
+                    amount = count / 1e9 if metric is c.HYGIENE_TIME else count
+                    self._metrics.count_for(workload, metric, values, amount)
+        busy = [(key, *found) for key, found in self._open.items() if found[1] >= PORTS_SHOWN]
+        self._metrics.gauge_for(
+            c.PORTS_USED, ((workload, (peer, str(port)), used) for (_, peer, port), workload, used in busy)
+        )
+        full = {one for one in busy if self._available and one[2] >= PORTS_TOLD * self._available}
+        for key, workload, used in full:
+            if key not in self._told:
+                log.warning(
+                    "%s has %d of %d ephemeral ports in use towards %s:%d; beyond the last one connect() fails",
+                    workload.name, used, self._available, key[1], key[2],
+                )  # fmt: skip
+        self._told = {key for key, _, _ in full}
 
 
 def _credentials(event: Event) -> bool:

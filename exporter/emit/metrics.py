@@ -1,232 +1,66 @@
 """Metrics: one aggregation with two faces. Deltas and events in, series out.
 
-Comes in: deltas of the kernel's counters (`add`), events (`observe`), and the agent's own numbers (`count`,
-`set_total`, `gauge`; losses and features are read from health). Goes out: `snapshot()`, which prometheus.py
-and otlp.py both read, so that they cannot disagree. Not its job: names and units (semconv.py), who a workload
-is (resource.py), encoding.
+Comes in: deltas of the kernel's counters (`add`), events (`observe_all`), counts of what is open (`active_requests`,
+`count_for`, `gauge_for`), and the agent's own numbers (`count`, `set_total`, `gauge`; losses and features are read from
+health). Goes out: `snapshot()`, which prometheus.py and otlp.py both read, so that they cannot disagree. Not its job:
+names and units (semconv.py), how series are kept and walked (series.py), who a workload is (resource.py), encoding.
 
-Many kernel rows share one series: addresses and ports are no labels, so a name behind fifty addresses is one
-row here. Series belong to an *identity* (what Prometheus sees as labels), not to a cgroup: a container that
-restarts goes on with its series, where two states of one identity would collide in the second face. Bounds:
-`limit` series for each (workload, instrument) and `total` on the node, histograms counted as what they cost
-in Prometheus; what is beyond goes into one overflow series and is counted. A series that expires and comes
-back starts from zero with a new start time, which every reader takes for the reset that it is.
+Many kernel rows share one series: addresses and ports are no labels, so a name behind fifty addresses is one row here.
+Whose series they are, how many and for how long says store.py.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import resource as rusage
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from exporter import health
 from exporter.emit import semconv as c
-from exporter.emit.resource import Resource, Resources
-from exporter.events import CLOSE, CONNECT, DNS, OK, SERVER, Counts, Event, Flow, Workload
+from exporter.emit.histograms import Exemplar, Histogram
+from exporter.emit.redact import Options, target
+from exporter.emit.resource import Resources
+from exporter.emit.routes import Routes
+from exporter.emit.series import IX, ZEROS, Attributes, Gone, Layout, Number, Point, Row, Snapshot, Value
+from exporter.emit.store import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    DNS_LIMIT,
+    LIMIT,
+    TOTAL,
+    WORKLOAD,
+    Known,
+    Store,
+)  # fmt: skip
+from exporter.errors import SettingsError
+from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, OK, SERVER, TLS, Counts, Event, Exchange, Flow, Workload
 
-Attributes = tuple[tuple[str, str | bool], ...]
+__all__ = ["Gone", "Metrics", "Point", "Snapshot", "is_delta"]
 
-LIMIT = 2000  # series for each (workload, instrument): the SDKs' default cardinality limit
-TOTAL = 50_000  # series on a node, as Prometheus counts them
-DNS_LIMIT = 200  # of LIMIT, what dns.question.name may take: each costs 17 series in Prometheus
-ENDED_SECONDS = 300.0  # at least two scrapes after a workload's end
-IDLE_SECONDS = 900.0
-_SCALARS = 1000  # of the agent's own, for each instrument: their labels are constants of the code
-_CGROUPS = 16_384
-_FOLDED = 200  # folded label sets remembered for each identity
+_LABEL_SETS = 4096  # remembered for each workload between two calls of expire()
 
-_IX = {metric: index for index, metric in enumerate(c.WORKLOAD_METRICS)}
-_CELL_IX = tuple(_IX[metric] for metric, _ in c.CELLS)
-_CELLS_OF = {
-    metric: tuple((cell, extra) for cell, (owner, extra) in enumerate(c.CELLS) if owner is metric)
-    for metric in c.WORKLOAD_METRICS
-}
-_FLOW_KEYS = (c.SERVER_ADDRESS, c.TRANSPORT, c.PEER_SCOPE, c.PEER_NAME_SOURCE, c.ROLE, c.PEER_GROUP)
-_HISTOGRAM_KEYS = {_IX[m]: m.attributes for m in (c.CONNECT_TIME, c.RTT, c.DNS_TIME)}
-_CONNECT_IX, _RTT_IX, _DNS_IX = _IX[c.CONNECT_TIME], _IX[c.RTT], _IX[c.DNS_TIME]
-_CONNECT_WEIGHT, _DNS_WEIGHT = len(c.CONNECT_TIME.bounds) + 3, len(c.DNS_TIME.bounds) + 3
-_RTT_WEIGHT = len(c.RTT.bounds) + 3
-_ZEROS = [0] * len(Counts._fields)
-_INFO_KEYS = frozenset(c.WORKLOAD_INFO.attributes)
-_OVERFLOW: Attributes = ((c.OVERFLOW, True),)
+_CONNECT, _RTT, _DNS, _TLS = IX[c.CONNECT_TIME], IX[c.RTT], IX[c.DNS_TIME], IX[c.TLS_TIME]
+_HANDSHAKES, _HTTP, _RPC, _OPEN = IX[c.TLS_HANDSHAKES], IX[c.HTTP_TIME], IX[c.RPC_TIME], IX[c.OPEN_CONNECTIONS]
+_HTTP_MORE = (IX[c.HTTP_FIRST_BYTE], IX[c.HTTP_REQUEST_SIZE], IX[c.HTTP_RESPONSE_SIZE])
+_OPENED, _CLOSED = Counts._fields.index("opened"), Counts._fields.index("closed")
+_CALL = re.compile(r"/[A-Za-z0-9_.]{1,128}/[A-Za-z0-9_]{1,128}")
 
-
-class _Row:
-    """Counters of one flow label set: a cell for each field of Counts. `sent`: what a delta reader was
-    given."""
-
-    __slots__ = ("cells", "key", "last", "sent", "sent_ns", "start")
-
-    def __init__(self, key: tuple[str, ...], start: int, last: float) -> None:
-        self.key, self.start, self.last = key, start, last
-        self.cells: list[int] = _ZEROS[:]
-        self.sent: list[int] | None = None
-        self.sent_ns = 0
-
-
-class _Histogram:
-    """`cells`: a count for each bucket, the last for what is above every bound, then the sum."""
-
-    __slots__ = ("cells", "key", "last", "sent", "sent_ns", "start")
-
-    def __init__(self, key: tuple[Any, ...], buckets: int, start: int, last: float) -> None:
-        self.key, self.start, self.last = key, start, last
-        self.cells: list[Any] = [0] * buckets + [0.0]
-        self.sent: list[Any] | None = None
-        self.sent_ns = 0
-
-
-class _Scalar:
-    """One of the agent's own series."""
-
-    __slots__ = ("cells", "key", "sent", "sent_ns", "start")
-
-    def __init__(self, key: Attributes, start: int) -> None:
-        self.key, self.start = key, start
-        self.cells: list[Any] = [0]
-        self.sent: list[Any] | None = None
-        self.sent_ns = 0
-
-
-Source = _Row | _Histogram | _Scalar
-
-
-class Point(NamedTuple):
-    """One series now. `value`: a number, or for a histogram its bucket counts followed by the sum. `source`
-    and `cell` are for a delta reader, which keeps what it has sent in `source.sent`; `cell` is -1 for all
-    cells."""
-
-    attributes: Attributes
-    start_ns: int
-    value: Any
-    source: Source | None
-    cell: int
-
-
-class _State:
-    """What one identity has: rows, histograms, how many series in each instrument."""
-
-    __slots__ = ("ended", "folded", "gone", "histograms", "last", "overflow", "resource", "rows", "series", "shown")
-
-    def __init__(self, resource: Resource, last: float) -> None:
-        self.resource, self.last = resource, last
-        self.rows: dict[tuple[str, ...], _Row] = {}
-        self.histograms: dict[tuple[Any, ...], _Histogram] = {}
-        # Where what found no room went, so that the next of its kind goes there at once; until the next expire().
-        self.folded: dict[tuple[Any, ...], _Histogram] = {}
-        self.overflow: _Row | None = None
-        self.series = [0] * len(c.WORKLOAD_METRICS)
-        self.ended: float | None = None
-        self.gone = 0  # the cgroup that ended
-        self.shown = True
-
-    def all_rows(self) -> list[_Row]:
-        # list() of a dict's values is one step for other threads: readers need no lock.
-        rows = list(self.rows.values())
-        if self.overflow is not None:
-            rows.append(self.overflow)
-        return rows
-
-    def points(self, metric: c.Metric) -> Iterator[Point]:
-        own: Attributes = ((c.WORKLOAD_ID, self.resource.workload_id),) if self.resource.workload_id else ()
-        if metric is c.WORKLOAD_INFO:
-            if self.shown:
-                info = tuple((k, str(v)) for k, v in self.resource.attributes if k in _INFO_KEYS)
-                yield Point(own + info, 0, 1, None, 0)
-        elif metric.kind == c.HISTOGRAM:
-            index = _IX[metric]
-            for histogram in list(self.histograms.values()):
-                if histogram.key[0] == index:
-                    yield Point(
-                        own + _histogram_attributes(histogram.key),
-                        histogram.start,
-                        histogram.cells[:],
-                        histogram,
-                        -1,
-                    )
-        else:
-            cells = _CELLS_OF[metric]
-            for row in self.all_rows():
-                attributes: Attributes | None = None
-                for cell, extra in cells:
-                    if value := row.cells[cell]:
-                        if attributes is None:
-                            attributes = own + _row_attributes(row.key)
-                        yield Point(attributes + extra, row.start, value, row, cell)
-
-
-def _row_attributes(key: tuple[str, ...]) -> Attributes:
-    if not key:
-        return ((c.SERVER_ADDRESS, c.OTHER), *_OVERFLOW)
-    return tuple((name, value) for name, value in zip(_FLOW_KEYS, key, strict=True) if value)
-
-
-def _histogram_attributes(key: tuple[Any, ...]) -> Attributes:
-    names, values = _HISTOGRAM_KEYS[key[0]], key[1:]
-    if not values:
-        return _OVERFLOW
-    return tuple((name, value) for name, value in zip(names, values, strict=True) if value)
-
-
-class Gone(NamedTuple):
-    """A series that expired; OTLP ends it with one point without a value."""
-
-    resource: Resource
-    metric: c.Metric
-    attributes: Attributes
-    start_ns: int
-
-
-class Snapshot:
-    """All series at about one time. Values are read while iterating, each series whole; iterate as often as
-    needed."""
-
-    def __init__(self, time_ns: int, agent: Resource, states: list[_State], scalars: _Scalars) -> None:
-        self.time_ns = time_ns
-        self._agent, self._states, self._scalars = agent, states, scalars
-
-    def by_metric(self) -> Iterator[tuple[c.Metric, Iterator[tuple[Resource, Point]]]]:
-        """Every metric with its points over all workloads, in semconv's order. Metrics without points
-        included."""
-        for metric in c.WORKLOAD_METRICS:
-            yield (
-                metric,
-                ((state.resource, point) for state in self._states for point in state.points(metric)),
-            )
-        for metric in c.AGENT_METRICS:
-            yield metric, ((self._agent, point) for point in self._agent_points(metric))
-
-    def by_resource(self) -> Iterator[tuple[Resource, Iterator[tuple[c.Metric, Iterator[Point]]]]]:
-        """The agent's own metrics first, then every workload's. A metric may have no points."""
-        yield self._agent, ((metric, self._agent_points(metric)) for metric in c.AGENT_METRICS)
-        for state in self._states:
-            yield state.resource, self._of(state)
-
-    @property
-    def agent(self) -> Resource:
-        return self._agent
-
-    @staticmethod
-    def _of(state: _State) -> Iterator[tuple[c.Metric, Iterator[Point]]]:
-        return ((metric, state.points(metric)) for metric in c.WORKLOAD_METRICS)
-
-    def _agent_points(self, metric: c.Metric) -> Iterator[Point]:
-        for scalar in list(self._scalars.get(metric, {}).values()):
-            yield Point(scalar.key, scalar.start, scalar.cells[0], scalar, 0)
-
-
-_Scalars = dict[c.Metric, dict[Attributes, _Scalar]]
+Trace = tuple[bytes, bytes]  # trace id, span id
 
 
 class Metrics:
     """Aggregates. Any thread may call anything; the pipeline's calls never wait for a reader.
 
-    `limit`, `total`, `dns_limit` as the module's constants; `clock` gives seconds for expiry, `wall`
-    nanoseconds since the epoch. `losses` and `features` default to the process's.
+    `limit`, `total`, `dns_limit` as the constants in store.py. `level`: WORKLOAD or POD. `attributes`: names of
+    optional attributes, `opt_in` of optional metrics (semconv's `more` and `opt_in`); SettingsError for others.
+    `routes` makes `url.template`, None for none. `clock` gives seconds for expiry, `wall` nanoseconds since the epoch.
+    `losses` and `features` default to the process's.
     """
 
     def __init__(
@@ -236,41 +70,47 @@ class Metrics:
         limit: int = LIMIT,
         total: int = TOTAL,
         dns_limit: int = DNS_LIMIT,
+        level: str = WORKLOAD,
+        attributes: Iterable[str] = (),
+        opt_in: Iterable[str] = (),
+        routes: Routes | None = None,
         losses: health.Losses | None = None,
         features: health.Features | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._resources = resources
+        chosen = _chosen("EBFW_METRICS_ATTRIBUTES", attributes, {name for m in c.WORKLOAD_METRICS for name in m.more})
+        wanted = _chosen("EBFW_METRICS_OPT_IN", opt_in, {m.name for m in c.WORKLOAD_METRICS if m.opt_in})
+        self._store = Store(resources, Layout(chosen), level, (limit, total, dns_limit), clock, wall)
+        self._agent, self._wall = resources.agent, wall
         self.refresh: Callable[[], None] = lambda: None  # before a snapshot: have the newest counters added
-        self._limit, self._max, self._dns_limit = limit, total, dns_limit
         self._losses, self._features = losses or health.losses, features or health.features
-        self._clock, self._wall = clock, wall
+        self._port, self._type = c.PEER_PORT in chosen, c.DNS_QUESTION_TYPE in chosen
+        self._scheme, self._ja4 = c.URL_SCHEME in chosen, c.TLS_JA4 in chosen
+        self._template = c.URL_TEMPLATE in chosen
+        self.routes = routes  # of whoever else wants templates: one book for all
+        self._routes = routes if self._template else None
+        self._more = tuple(index for index in _HTTP_MORE if c.WORKLOAD_METRICS[index].name in wanted)
         self._lock = threading.Lock()
-        self._started = wall()
-        self._now = clock()
-        # Where a row that expired would come back with the start time of its kernel row, a reader would see
-        # the same series fall without a reset.
-        self._floor = 0
-        self._cgroups: dict[int, tuple[Workload, _State]] = {}
-        self._states: dict[tuple[Any, ...], _State] = {}
-        self._rest = _State(resources.other(), self._now)
-        self._rest.shown = False
-        self._count = 0
-        # Of which histograms: they may have half, lest they crowd out the counters that cost so much less.
-        self._in_histograms = 0
-        self._scalars: _Scalars = {metric: {} for metric in c.AGENT_METRICS}
-        self._kinds: dict[tuple[str, bool], _Scalar] = {}
-        self._hit = self._scalar(c.ATTRIBUTION, (("result", "hit"),))
-        self._miss = self._scalar(c.ATTRIBUTION, (("result", "miss"),))
-        self._expired = self._scalar(c.SERIES_EXPIRED, ())
-        self._gone: list[Gone] | None = None
-        self.gauge(c.START_TIME.name, self._started / 1e9)
+        self._told: defaultdict[str, int] = defaultdict(int)
+        self._hidden: defaultdict[str, int] = defaultdict(int)
+        self._hit = self._store.number(c.ATTRIBUTION, (("result", "hit"),))
+        self._miss = self._store.number(c.ATTRIBUTION, (("result", "miss"),))
+        self.gauge(c.START_TIME.name, wall() / 1e9)
+
+    def configure(self, *, exponential: bool, exemplars: str, delta: bool = False, lowmemory: bool = False) -> None:
+        """What the push face was told (OTEL_*), before the first event. `exponential`: histograms have exponential
+        buckets, too. `exemplars`: one of TRACE_BASED, ALWAYS_ON, ALWAYS_OFF. `delta`: a series does not expire before
+        its last value was sent; `lowmemory`: the same where totals are not kept elsewhere."""
+        self._store.exponential, self._store.exemplars = exponential, exemplars
+        if delta:
+            self._store.held = lambda metric: is_delta(metric, lowmemory)
 
     # --- what workloads do ----------------------------------------------------------------------------------
 
     def add(self, flow: Flow, delta: Counts, start_ns: int) -> None:
         """Fold in by how much a kernel row moved. `start_ns`: wall clock, when that row began to count."""
+        key: tuple[Value, ...]
         if flow.other:
             key = (c.OTHER, flow.transport, flow.scope, "", flow.role, "")
         elif flow.filtered:
@@ -279,16 +119,20 @@ class Metrics:
             key = (c.INBOUND, flow.transport, flow.scope, "", SERVER, "")
         else:
             key = (flow.name or flow.peer, flow.transport, flow.scope, flow.name_source, flow.role, flow.group)
+        if self._port:
+            key += ("" if flow.other or flow.filtered or flow.role == SERVER else flow.port,)
         with self._lock:
-            known = self._cgroups.get(flow.workload.cgroup_id)
-            state = known[1] if known is not None and known[0] is flow.workload else self._state(flow.workload)
+            known = self._store.cgroups.get(flow.workload.cgroup_id)
+            if known is None or known.workload is not flow.workload:
+                known = self._store.know(flow.workload)
+            state = known.state
             row = state.rows.get(key)
             fresh = row is None
             if row is None:
-                row = _Row(key, max(start_ns, self._floor), self._now)
+                row = Row(key, max(start_ns, self._store.floor), self._store.now)
             elif start_ns < row.start:
                 # After a restart of the agent, kernel rows that share a series come in any order.
-                row.start = min(row.start, max(start_ns, self._floor))
+                row.start = min(row.start, max(start_ns, self._store.floor))
             cells = row.cells
             cell = 0
             for moved in delta:
@@ -296,83 +140,173 @@ class Metrics:
                     if moved > 0 and cells[cell]:
                         cells[cell] += moved
                     else:
-                        self._first(state, row, cell, moved)
+                        self._store.first(state, row, cell, moved)
                 cell += 1  # noqa: SIM113 - enumerate() costs a tuple for each of twelve cells, 65,536 times
-            row.last = state.last = self._now
-            if fresh and cells != _ZEROS:
+            row.last = state.last = self._store.now
+            if fresh and cells != ZEROS:
                 state.rows[key] = row
+            if opened := delta[_OPENED] - delta[_CLOSED]:
+                # Opened in one row and closed in another where a socket learned its name: only the sum is right.
+                self._store.series(state, _OPEN, ()).cells[0] += opened
 
-    def observe(self, event: Event) -> None:
-        """Count one event, and put its duration or RTT into the histograms."""
+    def observe(self, event: Event, trace: Trace | None = None) -> None:
+        """observe_all() for one. `trace`: (trace id, span id) of the span that was made of it."""
+        self.observe_all((event,))
+        if trace is not None:
+            self.exemplify(event, trace)
+
+    def observe_all(self, events: Sequence[Event]) -> None:
+        """Count events, and put their durations, sizes and round-trip times into the histograms. Some hundred at a
+        time: about 0.5 us an event, of which the lock would be a third for one."""
+        misses = 0
         with self._lock:
-            kind = event.kind
-            counter = self._kinds.get((kind, event.filtered)) or self._kind(kind, event.filtered)
-            counter.cells[0] += 1
-            (self._miss if event.workload.kind == "unknown" else self._hit).cells[0] += 1
-            if event.role == SERVER:
-                return
-            key: tuple[Any, ...]
-            if kind == DNS:
-                if event.duration is None:
-                    return
-                name = c.EXCLUDED if event.filtered else event.domain
-                key = (_DNS_IX, name, c.dns_error(event.status))
-                self._record(event.workload, key, c.DNS_TIME, _DNS_WEIGHT, event.duration)
-            elif kind == CONNECT:
-                if event.duration is None or event.transport != "tcp":
-                    return
-                error = "" if event.status == OK else c.CONNECT_ERRORS.get(event.status, event.status)
-                if event.filtered:
-                    key = (_CONNECT_IX, c.EXCLUDED, "tcp", event.scope, "", event.role, "", error)
+            store = self._store
+            now, cgroups = store.now, store.cgroups
+            told, hidden = self._told, self._hidden
+            for event in events:
+                workload = event.workload
+                known = cgroups.get(workload.cgroup_id)
+                if known is None or known.workload is not workload:
+                    known = store.know(workload)
+                kind, filtered = event.kind, event.filtered
+                if filtered:
+                    hidden[kind] += 1
                 else:
-                    name = event.domain or event.dst
-                    key = (_CONNECT_IX, name, "tcp", event.scope, event.name_source, event.role, event.group, error)
-                self._record(event.workload, key, c.CONNECT_TIME, _CONNECT_WEIGHT, event.duration)
-            elif kind == CLOSE and event.rtt:
-                self._record(event.workload, (_RTT_IX, event.scope), c.RTT, _RTT_WEIGHT, event.rtt)
+                    told[kind] += 1
+                if known.nobody:
+                    misses += 1
+                if event.role == SERVER:
+                    continue
+                # Each branch ends with a value and its histogram. The keys hold what the series depends on, and no
+                # more; _find() says how.
+                key: tuple[Any, ...]
+                value = event.duration
+                if kind == DNS:
+                    if value is None:
+                        continue
+                    key = (event.domain, event.status, filtered, event.search_expansion)
+                    if self._type:
+                        key += (event.dns_type,)
+                elif kind == CONNECT:
+                    if value is None or event.transport != "tcp":
+                        continue
+                    key = (
+                        event.domain or event.dst,
+                        event.scope,
+                        event.name_source,
+                        event.role,
+                        event.status,
+                        filtered,
+                        event.group,
+                    )
+                    if self._port:
+                        key += (event.port,)
+                elif kind == CLOSE:
+                    value = event.rtt
+                    if not value:
+                        continue
+                    key = (event.scope,)
+                elif kind in (HTTPS, HTTP):
+                    exchange = event.exchange
+                    if exchange is None or value is None:
+                        continue
+                    key = (
+                        event.domain or event.dst, event.port, event.method, exchange.status, exchange.error,
+                        exchange.version, filtered, event.scope,
+                    )  # fmt: skip
+                    if self._scheme:
+                        key += (exchange.scheme,)
+                    if self._routes is not None:
+                        key += (self._routes.of(event),)
+                    if self._more or exchange.grpc_status is not None:
+                        self._beside_request(known, event, exchange, key)
+                elif kind == TLS:
+                    tls = event.tls
+                    if tls is None:
+                        continue
+                    made = (event.transport, tls.quic, tls.version, tls.group, tls.post_quantum, tls.alert, tls.ja4)
+                    number = known.fast.get(made if self._ja4 else made[:-1])
+                    if number is None:
+                        number = self._handshakes(known, made)
+                    number.cells[0] += 1
+                    number.last = known.state.last = now
+                    if value is None:
+                        continue
+                    key = (event.domain or event.dst, tls.version, tls.alert, event.scope, filtered)
+                else:
+                    continue
+                histogram = known.fast.get(key)
+                if histogram is None:
+                    histogram = self._find(known, event, key)
+                seconds = value / 1e9
+                cells = histogram.cells
+                cells[bisect_left(histogram.bounds, seconds)] += 1
+                cells[-1] += seconds
+                histogram.last = known.state.last = now
+                if histogram.extra:
+                    self._beside(histogram, event, seconds)
+            for kind, count in told.items():
+                self._store.number(c.EVENTS, (("kind", kind),)).cells[0] += count
+            for kind, count in hidden.items():
+                self._store.number(c.FILTERED, (("kind", kind),)).cells[0] += count
+            told.clear()
+            hidden.clear()
+            self._miss.cells[0] += misses
+            self._hit.cells[0] += len(events) - misses
+
+    def exemplify(self, event: Event, trace: Trace) -> None:
+        """A span was made of an event that was observed: it is the newest exemplar of its bucket. Any time later."""
+        value = event.rtt if event.kind == CLOSE else event.duration
+        if self._store.exemplars == ALWAYS_OFF or value is None or event.role == SERVER:
+            return
+        with self._lock:
+            known = self._store.cgroups.get(event.workload.cgroup_id)
+            if known is None or known.workload != event.workload:
+                return
+            exemplar = Exemplar(value / 1e9, event.time + (event.duration or 0), *trace)
+            for index, values in self._shown(event):
+                histogram = known.state.table(index).get(values)
+                if histogram is not None:
+                    histogram.exemplify(exemplar)
+
+    def active_requests(self, counts: Iterable[tuple[Workload, str, str, int]]) -> None:
+        """HTTP requests without an answer yet: (workload, method, scheme, how many). Whoever is not in it has none."""
+        self.gauge_for(
+            c.HTTP_ACTIVE,
+            ((who, (method if method in c.HTTP_METHODS else "_OTHER", scheme), n) for who, method, scheme, n in counts),
+        )
+
+    def count_for(self, workload: Workload, metric: c.Metric, values: tuple[Value, ...], amount: float = 1) -> None:
+        """Add to a counter of a workload's. `values`: of the metric's attributes, in their order, "" where absent."""
+        with self._lock:
+            state = self._store.know(workload).state
+            self._store.series(state, IX[metric], values).cells[0] += amount
+
+    def gauge_for(self, metric: c.Metric, rows: Iterable[tuple[Workload, tuple[Value, ...], float]]) -> None:
+        """Set a gauge of all workloads: (workload, values as in count_for, value); rows with the same series add up.
+        Series that are not named are 0 from now on, and expire."""
+        index = IX[metric]
+        with self._lock:
+            sums: dict[int, tuple[Number, float]] = {}
+            for workload, values, value in rows:
+                number = self._store.series(self._store.know(workload).state, index, values)
+                sums[id(number)] = (number, value + sums.get(id(number), (number, 0))[1])
+            for state in (*self._store.states.values(), self._store.rest):
+                for number in state.tables.get(index, {}).values():
+                    number.cells[0] = sums.get(id(number), (number, 0))[1]
 
     def end(self, workload: Workload) -> None:
         """The workload's cgroup is gone: its series stay for ENDED_SECONDS, then expire. Late deltas still
         count."""
         with self._lock:
-            known = self._cgroups.pop(workload.cgroup_id, None)
-            if known is None:
-                return
-            state = known[1]
-            if not any(other is state for _, other in self._cgroups.values()):
-                state.ended, state.gone = self._clock(), workload.cgroup_id
+            self._store.end(workload)
 
     def expire(self, now: float | None = None) -> None:
         """Drop what ended or went idle. Call it every few seconds: it is also the coarse clock of `add`."""
+        if self.routes is not None:
+            self.routes.expire()
         with self._lock:
-            self._now = now = self._clock() if now is None else now
-            dropped = self._count
-            for identity, state in list(self._states.items()):
-                state.folded.clear()
-                ended = state.ended is not None and now - max(state.ended, state.last) >= ENDED_SECONDS
-                if ended:
-                    self._drop(state, state.all_rows(), list(state.histograms.values()))
-                else:
-                    idle = now - IDLE_SECONDS
-                    self._drop(
-                        state,
-                        [row for row in state.all_rows() if row.last <= idle],
-                        [histogram for histogram in state.histograms.values() if histogram.last <= idle],
-                    )
-                if ended or (not state.rows and not state.histograms and state.last <= now - IDLE_SECONDS):
-                    self._count -= 1
-                    del self._states[identity]
-            states = {id(state) for state in self._states.values()}
-            self._cgroups = {k: v for k, v in self._cgroups.items() if id(v[1]) in states}
-            idle = now - IDLE_SECONDS
-            self._drop(
-                self._rest,
-                [row for row in self._rest.all_rows() if row.last <= idle],
-                [histogram for histogram in self._rest.histograms.values() if histogram.last <= idle],
-            )
-            if dropped != self._count:
-                self._expired.cells[0] += dropped - self._count
-                self._floor = self._wall()
+            self._store.expire(now)
 
     # --- what the agent does --------------------------------------------------------------------------------
 
@@ -381,19 +315,19 @@ class Metrics:
         stage="ring"."""
         metric = c.BY_NAME[name]
         with self._lock:
-            self._scalar(metric, _labels(metric, labels)).cells[0] += value
+            self._store.number(metric, _labels(metric, labels)).cells[0] += value
 
     def set_total(self, name: str, value: float, **labels: str) -> None:
         """Take over a total that is kept elsewhere. One that would go down is held, and that is counted."""
         metric = c.BY_NAME[name]
         with self._lock:
-            self._set_total(metric, _labels(metric, labels), value)
+            self._store.set_total(metric, _labels(metric, labels), value)
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge of the agent's."""
         metric = c.BY_NAME[name]
         with self._lock:
-            self._scalar(metric, _labels(metric, labels)).cells[0] = value
+            self._store.number(metric, _labels(metric, labels)).cells[0] = value
 
     # --- reading --------------------------------------------------------------------------------------------
 
@@ -405,162 +339,119 @@ class Metrics:
             resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         with self._lock:
             for (stage, cause), lost in self._losses.snapshot().items():
-                self._set_total(c.RECORDS_LOST, (("ebfw.stage", stage), ("ebfw.cause", cause)), lost)
+                self._store.set_total(c.RECORDS_LOST, (("ebfw.stage", stage), ("ebfw.cause", cause)), lost)
             for name, feature in self._features.snapshot().items():
-                self._scalar(c.FEATURE, (("ebfw.feature", name),)).cells[0] = int(feature.active)
-            self._set_total(c.CPU_TIME, (("cpu.mode", "user"),), usage.ru_utime)
-            self._set_total(c.CPU_TIME, (("cpu.mode", "system"),), usage.ru_stime)
-            self._scalar(c.MEMORY, ()).cells[0] = resident
-            states = [*self._states.values(), self._rest]
-            for metric, index in _IX.items():
+                self._store.number(c.FEATURE, (("ebfw.feature", name),)).cells[0] = int(feature.active)
+            self._store.set_total(c.CPU_TIME, (("cpu.mode", "user"),), usage.ru_utime)
+            self._store.set_total(c.CPU_TIME, (("cpu.mode", "system"),), usage.ru_stime)
+            self._store.number(c.MEMORY, ()).cells[0] = resident
+            states = [*self._store.states.values(), self._store.rest]
+            for metric, index in IX.items():
                 series = sum(state.series[index] for state in states)
-                self._scalar(c.SERIES, (("ebfw.metric", metric.name),)).cells[0] = series
-            return Snapshot(self._wall(), self._resources.agent, states, self._scalars)
+                self._store.number(c.SERIES, (("ebfw.metric", metric.name),)).cells[0] = series
+            return Snapshot(self._wall(), self._agent, states, self._store.own, self._store.exponential)
 
     def take_gone(self) -> list[Gone]:
         """What expired since the last call; the first call starts the keeping. At most TOTAL are kept."""
         with self._lock:
-            gone, self._gone = self._gone or [], []
+            gone, self._store.gone = self._store.gone or [], []
             return gone
 
     # --- inside; the lock is held ---------------------------------------------------------------------------
 
-    def _state(self, workload: Workload) -> _State:
-        known = self._cgroups.get(workload.cgroup_id)
-        if known is not None and known[0] == workload:
-            state = known[1]
-        else:
-            made = self._resources.of(workload)
-            identity = (made.identity, made.workload_id)
-            found = self._states.get(identity)
-            if found is not None:
-                state = found
-                state.resource = made
-                if state.ended is not None and state.gone != workload.cgroup_id:
-                    state.ended = None
-            elif self._count >= self._max:
-                # Not kept under the cgroup: once series expire, the workload gets a state of its own.
-                return self._rest
-            else:
-                state = self._states[identity] = _State(made, self._now)
-                self._count += 1  # its WORKLOAD_INFO
-            if len(self._cgroups) >= _CGROUPS:
-                self._cgroups.clear()
-        self._cgroups[workload.cgroup_id] = (workload, state)
-        return state
+    def _find(self, known: Known, event: Event, key: tuple[Any, ...] | None = None) -> Histogram:
+        """The histogram of the event's duration (or RTT); from now on `key` leads there."""
+        (index, values), *_ = self._shown(event)
+        histogram = self._store.series(known.state, index, values, (c.OTHER, *values[1:3]) if index == _DNS else ())
+        if key is not None:
+            if len(known.fast) >= _LABEL_SETS:
+                known.fast.clear()
+            known.fast[key] = histogram
+        assert isinstance(histogram, Histogram)
+        return histogram
 
-    def _first(self, state: _State, row: _Row, cell: int, moved: int) -> None:
-        """A cell leaves zero: a new series, if there is room for one."""
-        index = _CELL_IX[cell]
-        if moved < 0:
-            self._scalar(c.CLAMPED, (("ebfw.metric", c.CELLS[cell][0].name),)).cells[0] += 1
-        elif state is not self._rest and (
-            # The few rows that are bounded by themselves must not drown in a port scan's peers.
-            row.key[0].startswith("~") or self._room(state, index, 1, self._limit)
-        ):
-            state.series[index] += 1
-            self._count += 1
-            row.cells[cell] += moved
-        else:
-            self._overflowed(index)
-            home = state if state.overflow is not None or self._count < self._max else self._rest
-            if home.overflow is None:
-                home.overflow = _Row((), max(self._floor, self._wall()), self._now)
-            if not home.overflow.cells[cell]:
-                home.series[index] += 1
-                self._count += 1
-            home.overflow.cells[cell] += moved
-            home.overflow.last = home.last = self._now
+    def _shown(self, event: Event) -> list[tuple[int, tuple[Value, ...]]]:
+        """Where the event's duration (or RTT) goes: instrument and values of its attributes. The first always."""
+        name: str = c.EXCLUDED if event.filtered else event.domain or event.dst
+        kind, exchange, tls = event.kind, event.exchange, event.tls
+        values: tuple[Value, ...]
+        if kind == DNS:
+            name = c.EXCLUDED if event.filtered else event.domain
+            expansion = event.search_expansion
+            values = (name, "" if expansion else c.dns_error(event.status), expansion or "")
+            return [(_DNS, (*values, event.dns_type) if self._type else values)]
+        if kind == CONNECT:
+            error = "" if event.status == OK else c.CONNECT_ERRORS.get(event.status, event.status)
+            source = "" if event.filtered else event.name_source
+            group = "" if event.filtered else event.group
+            values = (name, "tcp", event.scope, source, event.role, group, error)
+            return [(_CONNECT, (*values, "" if event.filtered else event.port) if self._port else values)]
+        if kind == TLS and tls is not None:
+            return [(_TLS, (name, tls.version, tls.alert, event.scope if event.filtered else ""))]
+        if exchange is None:
+            return [(_RTT, (event.scope,))]
+        port: Value = "" if event.filtered else event.port
+        scope = event.scope if event.filtered else ""
+        error = exchange.error or (str(exchange.status) if exchange.status >= 400 else "")
+        method = event.method if event.method in c.HTTP_METHODS else "_OTHER"
+        values = (method, name, port, exchange.status or "", error, exchange.version, scope)
+        if self._scheme:
+            values += (exchange.scheme,)
+        if self._template:
+            values += (self._routes.of(event) if self._routes is not None else "",)
+        if exchange.grpc_status is None:
+            return [(_HTTP, values)]
+        code = exchange.grpc_status
+        word = c.GRPC_CODES[code] if 0 <= code < len(c.GRPC_CODES) else str(code)
+        called = (
+            event.path[1:] if _CALL.fullmatch(event.path) and target(event.path, Options()) == event.path else "_OTHER"
+        )
+        return [(_HTTP, values), (_RPC, ("grpc", called, word, name, port, word if code else "", scope))]
 
-    def _record(
-        self, workload: Workload, key: tuple[Any, ...], metric: c.Metric, weight: int, duration_ns: int
-    ) -> None:
-        known = self._cgroups.get(workload.cgroup_id)
-        state = known[1] if known is not None and known[0] is workload else self._state(workload)
-        histogram = state.histograms.get(key)
-        if histogram is None and (histogram := state.folded.get(key)) is not None:
-            self._overflowed(key[0])
-        if histogram is None:
-            asked, folding = key, state.folded
-            index = key[0]
-            limit = self._dns_limit if index == _DNS_IX else self._limit
-            if state is self._rest or not (
-                str(key[1]).startswith("~")
-                or (self._room(state, index, weight, limit) and self._in_histograms + weight <= self._max // 2)
-            ):
-                self._overflowed(index)
-                home = state if self._count < self._max else self._rest
-                # A lookup's error survives the fold (rcodes are few); elsewhere the conventions' overflow
-                # series.
-                key = (index, c.OTHER, key[2]) if index == _DNS_IX else (index,)
-                state, histogram = home, home.histograms.get(key)
+    def _beside_request(self, known: Known, event: Event, exchange: Exchange, key: tuple[Any, ...]) -> None:
+        """What a request has beside its duration: the gRPC call, time to first byte, sizes."""
+        state, now = known.state, self._store.now
+        if exchange.grpc_status is not None and event.duration is not None:
+            call = ("rpc", event.path, exchange.grpc_status, *key)
+            histogram = known.fast.get(call)
             if histogram is None:
-                buckets = len(metric.bounds) + 1
-                histogram = state.histograms[key] = _Histogram(key, buckets, self._wall(), self._now)
-                state.series[index] += 1
-                self._count += weight
-                self._in_histograms += weight
-            if key is not asked and len(folding) < _FOLDED:
-                folding[asked] = histogram
-        seconds = duration_ns / 1e9
-        histogram.cells[bisect_left(metric.bounds, seconds)] += 1
-        histogram.cells[-1] += seconds
-        histogram.last = state.last = self._now
-
-    def _room(self, state: _State, index: int, weight: int, limit: int) -> bool:
-        return state.series[index] < limit - 1 and self._count + weight <= self._max
-
-    def _overflowed(self, index: int) -> None:
-        name = c.WORKLOAD_METRICS[index].name
-        self._scalar(c.SERIES_OVERFLOW, (("ebfw.metric", name),)).cells[0] += 1
-
-    def _drop(self, state: _State, rows: Iterable[_Row], histograms: Iterable[_Histogram]) -> None:
-        for row in rows:
-            for cell, value in enumerate(row.cells):
-                if value:
-                    state.series[_CELL_IX[cell]] -= 1
-                    self._count -= 1
-                    if self._gone is not None:
-                        metric, extra = c.CELLS[cell]
-                        self._mark(state, metric, _row_attributes(row.key) + extra, row.start)
-            if row is state.overflow:
-                state.overflow = None
+                index, values = self._shown(event)[1]
+                histogram = known.fast[call] = self._store.series(state, index, values)
+            histogram.record(event.duration / 1e9)
+            histogram.last = state.last = now
+        for index in self._more:
+            value: float | None
+            if index == IX[c.HTTP_FIRST_BYTE]:
+                value = None if exchange.first_byte is None else exchange.first_byte / 1e9
             else:
-                del state.rows[row.key]
-        for histogram in histograms:
-            index = histogram.key[0]
-            metric = c.WORKLOAD_METRICS[index]
-            state.series[index] -= 1
-            self._count -= len(metric.bounds) + 3
-            self._in_histograms -= len(metric.bounds) + 3
-            self._mark(state, metric, _histogram_attributes(histogram.key), histogram.start)
-            del state.histograms[histogram.key]
+                value = exchange.request_size if index == IX[c.HTTP_REQUEST_SIZE] else exchange.response_size
+            if value is not None:
+                histogram = known.fast.get((index, *key))
+                if histogram is None:
+                    histogram = known.fast[index, *key] = self._store.series(state, index, self._shown(event)[0][1])
+                histogram.record(value)
+                histogram.last = state.last = now
 
-    def _mark(self, state: _State, metric: c.Metric, attributes: Attributes, start: int) -> None:
-        if self._gone is not None and len(self._gone) < self._max:
-            own: Attributes = ((c.WORKLOAD_ID, state.resource.workload_id),) if state.resource.workload_id else ()
-            self._gone.append(Gone(state.resource, metric, own + attributes, start))
+    def _handshakes(self, known: Known, made: tuple[Any, ...]) -> Number:
+        transport, quic, version, group, post_quantum, alert, ja4 = made
+        values: tuple[Value, ...] = ("quic" if quic else transport, version, group, post_quantum, alert)
+        number = self._store.series(known.state, _HANDSHAKES, (*values, ja4) if self._ja4 else values)
+        assert isinstance(number, Number)
+        if number.key:  # each of those in the overflow is counted as such
+            known.fast[made if self._ja4 else made[:-1]] = number
+        return number
 
-    def _scalar(self, metric: c.Metric, key: Attributes) -> _Scalar:
-        series = self._scalars[metric]
-        scalar = series.get(key)
-        if scalar is None:
-            if len(series) >= _SCALARS:
-                key = tuple((name, c.OTHER) for name, _ in key)
-            scalar = series.setdefault(key, _Scalar(key, self._started))
-        return scalar
+    def _beside(self, histogram: Histogram, event: Event, seconds: float) -> None:
+        histogram.beside(seconds)
+        if self._store.exemplars == ALWAYS_ON:
+            histogram.exemplify(Exemplar(seconds, event.time + (event.duration or 0)))
 
-    def _set_total(self, metric: c.Metric, key: Attributes, value: float) -> None:
-        cells = self._scalar(metric, key).cells
-        if value >= cells[0]:
-            cells[0] = value
-        else:
-            self._scalar(c.CLAMPED, (("ebfw.metric", metric.name),)).cells[0] += 1
 
-    def _kind(self, kind: str, filtered: bool) -> _Scalar:
-        metric = c.FILTERED if filtered else c.EVENTS
-        scalar = self._kinds[kind, filtered] = self._scalar(metric, (("kind", kind),))
-        return scalar
+def _chosen(variable: str, names: Iterable[str], known: set[str]) -> frozenset[str]:
+    found = frozenset(names)
+    for name in sorted(found - known):
+        raise SettingsError(f"{variable}: {name} is not one of {', '.join(sorted(known))}")
+    return found
 
 
 def _labels(metric: c.Metric, labels: dict[str, str]) -> Attributes:
@@ -571,3 +462,9 @@ def _labels(metric: c.Metric, labels: dict[str, str]) -> Attributes:
         if word not in words:
             raise KeyError(f"{metric.name} has no attribute {word!r}; it has {', '.join(words)}")
     return tuple((attribute, labels[word]) for word, attribute in words.items() if word in labels)
+
+
+def is_delta(metric: c.Metric, lowmemory: bool) -> bool:
+    """Whether the metric is told in deltas under the temporality preference `delta`, or `lowmemory`. Source: OTLP
+    metrics exporter, "Additional environment variable configuration"."""
+    return metric.kind == c.HISTOGRAM or (metric.kind == c.COUNTER and not (lowmemory and metric.observed))

@@ -63,6 +63,13 @@ class Otlp:
     ) -> None:
         self.settings = settings = otlp_settings.load(environ)
         self._resources, self._metrics, self._version = resources, metrics, version
+        pushed = settings.metrics is not None
+        metrics.configure(
+            exponential=pushed and settings.exponential,
+            exemplars=settings.exemplars,
+            delta=pushed and settings.delta,
+            lowmemory=settings.lowmemory,
+        )
         self._losses = losses or health.losses
         self._lock = threading.Lock()
         self._notable = Notable(logs, inventory=inventory)
@@ -274,12 +281,11 @@ class _Pushes:
 
     def __init__(self, metrics: Metrics, encoder: Encoder, settings: otlp_settings.Settings) -> None:
         self._metrics, self._encoder = metrics, encoder
-        self._interval, self._delta = settings.interval, settings.delta
+        self._interval, self._delta, self._lowmemory = settings.interval, settings.delta, settings.lowmemory
         self._next = time.monotonic() + self._interval
         self._last_ns = 0
         self.wake = threading.Event()
-        if not self._delta:
-            metrics.take_gone()  # from now on expired series are kept for us
+        metrics.take_gone()  # from now on expired series are kept for us
 
     def payloads(self, last: bool) -> Iterator[Payload]:
         now = time.monotonic()
@@ -287,8 +293,8 @@ class _Pushes:
             return
         self._next = max(self._next + self._interval, now)
         snapshot = self._metrics.snapshot()
-        gone = [] if self._delta else self._metrics.take_gone()
-        yield from self._encoder.metrics(snapshot, gone, self._last_ns if self._delta else None)
+        gone = self._metrics.take_gone()
+        yield from self._encoder.metrics(snapshot, gone, self._last_ns if self._delta else None, self._lowmemory)
         self._last_ns = snapshot.time_ns
 
     def seconds(self) -> float:

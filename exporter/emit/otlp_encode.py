@@ -23,8 +23,9 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from exporter.emit import semconv as c
+from exporter.emit.histograms import Exemplar, Histogram, since
 from exporter.emit.logs import SEVERITY, Note, record
-from exporter.emit.metrics import Gone, Point, Snapshot
+from exporter.emit.metrics import Gone, Point, Snapshot, is_delta
 from exporter.emit.resource import Resource
 from exporter.emit.spans import span
 from exporter.events import Event, Workload
@@ -122,26 +123,34 @@ class Encoder:
             yield from batch.added(message)
         yield from batch.rest()
 
-    def metrics(self, snapshot: Snapshot, gone: Iterable[Gone], since_ns: int | None) -> Iterator[Payload]:
+    def metrics(
+        self, snapshot: Snapshot, gone: Iterable[Gone], since_ns: int | None, lowmemory: bool = False
+    ) -> Iterator[Payload]:
         """One ResourceMetrics for each workload in a request. `since_ns`: None for cumulative totals, else
-        the time of the last push, and counters and histograms tell what came since then."""
-        delta = since_ns is not None
-        batch = _Batch(ExportMetricsServiceRequest, "resource_metrics", "scope_metrics", self)
+        the time of the last push, and counters and histograms tell what came since then; of these, with `lowmemory`,
+        only what is not kept elsewhere anyway. Ended series get a point without a value, where totals are told."""
+        batch = _Batch(ExportMetricsServiceRequest, "resource_metrics", "scope_metrics", self, snapshot)
         for resource, metrics in snapshot.by_resource():
             for metric, points in metrics:
+                delta = since_ns is not None and is_delta(metric, lowmemory)
                 for point in points:
-                    value = _moved(point) if delta and metric.kind in (c.COUNTER, c.HISTOGRAM) else point.value
-                    if value is None:
+                    read = _read(point, delta)
+                    told = point.source.sent_at if delta and point.source is not None else None
+                    if read is None:
+                        if told is not None:
+                            told[point.cell] = snapshot.time_ns
                         continue
-                    start = max(point.start_ns, since_ns or 0)
+                    start = point.start_ns if told is None else max(point.start_ns, told[point.cell])
                     data = batch.data(resource, metric, delta)
-                    message = _point(data, metric, start, snapshot.time_ns, value)
+                    message = _point(data, metric, start, snapshot.time_ns, read)
                     message.attributes.extend(self._attributes(point.attributes)[0])
-                    if delta:
-                        batch.on_sent(point)
+                    if delta or read.exemplars:
+                        batch.on_sent(read)
                     yield from batch.added(message)
-        for ended in () if delta else gone:
-            message = batch.data(ended.resource, ended.metric, delta).data_points.add(
+        for ended in gone:
+            if since_ns is not None and is_delta(ended.metric, lowmemory):
+                continue
+            message = batch.data(ended.resource, ended.metric, False).data_points.add(
                 start_time_unix_nano=ended.start_ns, time_unix_nano=snapshot.time_ns, flags=_NO_VALUE
             )
             message.attributes.extend(self._attributes(ended.attributes)[0])
@@ -181,16 +190,23 @@ class Encoder:
 class _Batch:
     """Fills requests of one kind: groups by Resource, starts a new request when one is full."""
 
-    def __init__(self, request: Callable[[], Any], resources: str, scopes: str, encoder: Encoder) -> None:
+    def __init__(
+        self,
+        request: Callable[[], Any],
+        resources: str,
+        scopes: str,
+        encoder: Encoder,
+        snapshot: Snapshot | None = None,
+    ) -> None:
         self._request, self._resources, self._scopes = request, resources, scopes
-        self._encoder = encoder
+        self._encoder, self._snapshot = encoder, snapshot
         self._start()
 
     def _start(self) -> None:
         self._message = self._request()
         self._by_resource: dict[int, tuple[Resource, Any]] = {}
         self._by_metric: dict[tuple[int, str], Any] = {}
-        self._points: list[Point] = []
+        self._points: list[_Reading] = []
         self._bytes = self._items = 0
 
     def scope(self, resource: Resource) -> Any:
@@ -218,8 +234,9 @@ class _Batch:
                 message.gauge.SetInParent()
                 known = message.gauge
             elif metric.kind == c.HISTOGRAM:
-                message.histogram.aggregation_temporality = temporality
-                known = message.histogram
+                exponential = self._snapshot is not None and self._snapshot.exponential
+                known = message.exponential_histogram if exponential else message.histogram
+                known.aggregation_temporality = temporality
             else:
                 counter = metric.kind == c.COUNTER
                 message.sum.aggregation_temporality = temporality if counter else _CUMULATIVE
@@ -229,8 +246,8 @@ class _Batch:
             self._bytes += message.ByteSize() + 8
         return known
 
-    def on_sent(self, point: Point) -> None:
-        self._points.append(point)
+    def on_sent(self, read: _Reading) -> None:
+        self._points.append(read)
 
     def added(self, message: Any) -> Iterator[Payload]:
         self._items += 1
@@ -240,23 +257,72 @@ class _Batch:
 
     def rest(self) -> Iterator[Payload]:
         if self._items:
-            points = self._points
-            payload = Payload(self._message, self._items, lambda: _mark_sent(points))
+            points, now = self._points, 0 if self._snapshot is None else self._snapshot.time_ns
+            payload = Payload(self._message, self._items, lambda: _mark_sent(points, now))
             self._start()
             yield payload
 
 
-def _point(data: Any, metric: c.Metric, start: int, now: int, value: Any) -> Any:
+class _Reading(NamedTuple):
+    """What a point says this time. `value`: the number or the explicit cells, `exponential` the cells of that kind
+    ([] for none): the total or what moved. `exponential_total`, `newest`: all of them, for the next time."""
+
+    point: Point
+    value: Any
+    exponential: list[int]
+    exponential_total: list[int] | None
+    exemplars: list[Exemplar]
+    newest: list[Exemplar | None] | None
+
+
+def _read(point: Point, delta: bool) -> _Reading | None:
+    """None for a delta where nothing moved."""
+    source, value = point.source, point.value
+    cells: list[int] = []
+    total: list[int] | None = None
+    exemplars: list[Exemplar] = []
+    newest: list[Exemplar | None] | None = None
+    if isinstance(source, Histogram):
+        if source.exponential is not None:
+            cells = total = source.exponential[:]
+        if source.exemplars is not None:
+            newest = source.exemplars[:]
+            told = source.told or [None] * len(newest)
+            exemplars = [e for e, before in zip(newest, told, strict=True) if e is not None and e is not before]
+    if delta and source is not None and source.sent is not None:
+        if point.cell >= 0:
+            value = (value - source.sent[point.cell]) or None
+        else:
+            value = [now - before for now, before in zip(value, source.sent, strict=True)]
+            if not any(value[:-1]):
+                value = None
+            elif total is not None and isinstance(source, Histogram):
+                cells = since(total, source.sent_exponential)
+    return None if value is None else _Reading(point, value, cells, total, exemplars, newest)
+
+
+def _point(data: Any, metric: c.Metric, start: int, now: int, read: _Reading) -> Any:
+    value = read.value
     if metric.kind == c.HISTOGRAM:
         *counts, total = value
-        return data.data_points.add(
-            start_time_unix_nano=start,
-            time_unix_nano=now,
-            count=sum(counts),
-            sum=total,
-            bucket_counts=counts,
-            explicit_bounds=metric.bounds,
-        )
+        message = data.data_points.add(start_time_unix_nano=start, time_unix_nano=now, sum=total)
+        if read.exponential:
+            message.scale, message.positive.offset, message.zero_count, *buckets = read.exponential
+            message.positive.bucket_counts.extend(buckets)
+            # Not of the explicit cells: they may have been read a moment before.
+            message.count = message.zero_count + sum(buckets)
+        else:
+            message.count = sum(counts)
+            message.bucket_counts.extend(counts)
+            message.explicit_bounds.extend(metric.bounds)
+        for exemplar in read.exemplars:
+            message.exemplars.add(
+                time_unix_nano=exemplar.time_ns,
+                as_double=exemplar.value,
+                trace_id=exemplar.trace_id,
+                span_id=exemplar.span_id,
+            )
+        return message
     message = data.data_points.add(time_unix_nano=now)
     if metric.kind != c.GAUGE:
         message.start_time_unix_nano = start
@@ -267,23 +333,15 @@ def _point(data: Any, metric: c.Metric, start: int, now: int, value: Any) -> Any
     return message
 
 
-def _moved(point: Point) -> Any:
-    """By how much a point moved since it was last sent; None where it did not."""
-    if point.source is None or point.source.sent is None:
-        return point.value
-    if point.cell >= 0:
-        return (point.value - point.source.sent[point.cell]) or None
-    moved = [now - before for now, before in zip(point.value, point.source.sent, strict=True)]
-    return moved if any(moved[:-1]) else None
-
-
-def _mark_sent(points: Iterable[Point]) -> None:
-    for point in points:
-        if point.source is None:
+def _mark_sent(readings: Iterable[_Reading], now: int) -> None:
+    for read in readings:
+        point, source = read.point, read.point.source
+        if source is None:
             continue
-        if point.cell < 0:
-            point.source.sent = point.value
-        else:
-            if point.source.sent is None:
-                point.source.sent = [0] * len(point.source.cells)
-            point.source.sent[point.cell] = point.value
+        if point.cell < 0 and isinstance(source, Histogram):
+            source.sent, source.sent_exponential, source.told = point.value, read.exponential_total, read.newest
+            source.sent_at = [now]
+            continue
+        if source.sent is None or source.sent_at is None:
+            source.sent, source.sent_at = [0] * len(source.cells), [source.start] * len(source.cells)
+        source.sent[point.cell], source.sent_at[point.cell] = point.value, now

@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 Signal = Literal["traces", "metrics", "logs"]
 SIGNALS: tuple[Signal, ...] = ("traces", "metrics", "logs")
 GRPC, HTTP = "grpc", "http/protobuf"
+_EXPLICIT, _EXPONENTIAL = "explicit_bucket_histogram", "base2_exponential_bucket_histogram"
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ class Settings:
     records: Batch = Batch(delay=1.0)
     interval: float = 60.0
     delta: bool = False
+    lowmemory: bool = False
+    exponential: bool = False
+    exemplars: str = "trace_based"
     sampled: float | None = None
     value_length: int | None = None
     attribute_count: int = 128
@@ -92,11 +96,13 @@ def load(environ: Mapping[str, str]) -> Settings:
     preference = env.get("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "cumulative").lower()
     if preference not in ("cumulative", "delta", "lowmemory"):
         _warn("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", preference, "cumulative, delta or lowmemory")
-    if (histogram := env.get("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", "")) not in (
-        "",
-        "explicit_bucket_histogram",
-    ):
-        _warn("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", histogram, "explicit_bucket_histogram")
+    histogram = env.get("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", _EXPLICIT).lower()
+    if histogram not in (_EXPLICIT, _EXPONENTIAL):
+        _warn("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", histogram, f"{_EXPLICIT} or {_EXPONENTIAL}")
+    exemplars = env.get("OTEL_METRICS_EXEMPLAR_FILTER", "trace_based").lower()
+    if exemplars not in ("trace_based", "always_on", "always_off"):
+        _warn("OTEL_METRICS_EXEMPLAR_FILTER", exemplars, "trace_based, always_on or always_off; trace_based is used")
+        exemplars = "trace_based"
     length = _number(env, "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", -1, 0)
     return Settings(
         traces=_endpoint(env, "traces"),
@@ -106,6 +112,9 @@ def load(environ: Mapping[str, str]) -> Settings:
         records=_batch(env, "OTEL_BLRP_", 1000),
         interval=_number(env, "OTEL_METRIC_EXPORT_INTERVAL", 60_000, 100) / 1000,
         delta=preference in ("delta", "lowmemory"),
+        lowmemory=preference == "lowmemory",
+        exponential=histogram == _EXPONENTIAL,
+        exemplars=exemplars,
         sampled=_sampler(env),
         value_length=None if length < 0 else int(length),
         attribute_count=int(_number(env, "OTEL_ATTRIBUTE_COUNT_LIMIT", 128, 1)),

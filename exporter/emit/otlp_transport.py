@@ -60,12 +60,11 @@ def _partial(signal: str, response: Any) -> tuple[int, str]:
 
 class _Http:
     def __init__(self, endpoint: Endpoint) -> None:
-        import requests
         from opentelemetry.exporter.otlp.proto.http import Compression
 
         exporter, self._response = _http_classes(endpoint.signal)
         self._signal = endpoint.signal
-        session = requests.Session()
+        session = _session(endpoint.certificate)
         session.hooks["response"].append(self._answered)
         self._body = b""
         self._exporter = exporter(
@@ -197,3 +196,16 @@ def _grpc_class(signal: str) -> Any:
 
 def _read(path: str) -> bytes | None:
     return Path(path).read_bytes() if path else None
+
+
+def _session(certificate: str) -> Any:
+    """requests takes REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE before what a session is told; here the certificate that is
+    set for this endpoint comes first. Proxies are the environment's, as everywhere."""
+    import requests
+
+    class Session(requests.Session):
+        def merge_environment_settings(self, *arguments: Any) -> Any:
+            found = super().merge_environment_settings(*arguments)
+            return {**found, "verify": certificate} if certificate else found
+
+    return Session()

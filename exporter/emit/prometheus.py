@@ -27,9 +27,11 @@ from typing import Any, NamedTuple
 from prometheus_client import exposition
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar as Shown
 from prometheus_client.utils import floatToGoString
 
 from exporter.emit import semconv as c
+from exporter.emit.histograms import Exemplar, Histogram
 from exporter.emit.metrics import Metrics, Point
 from exporter.emit.resource import Resource
 from exporter.errors import SettingsError
@@ -131,22 +133,34 @@ def _identity(resource: Resource) -> dict[str, str]:
     return {c.prometheus_label(key): value for key, value in resource.identity}
 
 
-def _text(value: str | bool) -> str:
+def _text(value: str | bool | int) -> str:
     return value if isinstance(value, str) else str(value).lower()
 
 
 def _add(family: Family, metric: c.Metric, name: str, labels: dict[str, str], point: Point) -> None:
     if metric.kind == c.HISTOGRAM:
         *counts, total = point.value
+        shown = point.source.exemplars if isinstance(point.source, Histogram) else None
         running = 0
-        for bound, count in zip((*metric.bounds, float("inf")), counts, strict=True):
+        for bucket, (bound, count) in enumerate(zip((*metric.bounds, float("inf")), counts, strict=True)):
             running += count
             le = floatToGoString(bound)  # type: ignore[no-untyped-call]
-            family.add_sample(f"{name}_bucket", labels | {"le": le}, running)
+            exemplar = shown[bucket] if shown is not None else None
+            family.add_sample(
+                f"{name}_bucket",
+                labels | {"le": le},
+                running,
+                exemplar=None if exemplar is None else _exemplar(exemplar),
+            )
         family.add_sample(f"{name}_count", labels, running)
         family.add_sample(f"{name}_sum", labels, total)
     else:
         family.add_sample(f"{name}_total" if metric.kind == c.COUNTER else name, labels, point.value)
+
+
+def _exemplar(found: Exemplar) -> Shown:
+    ids = {"trace_id": found.trace_id.hex(), "span_id": found.span_id.hex()} if found.trace_id else {}
+    return Shown(ids, found.value, found.time_ns / 1e9)
 
 
 class Security(NamedTuple):

@@ -16,6 +16,7 @@ from zlib import crc32
 from exporter.kernel import bpf, wire
 
 SPARE_SLOTS = 1024  # for ~other rows, one a workload
+EXECUTION_BYTES = 1 << 16  # 2,730 programs that began and were not looked at yet
 SCRATCH = 256  # packets that are read for a name at the same moment: CPUs, and the interrupts on top of each
 
 # What made these pins: layout version, flows, ring bytes, padding, build id. Written last: without it pins are debris.
@@ -62,6 +63,7 @@ def specs(flows: int, ring_bytes: int) -> dict[str, MapSpec]:
         MapSpec("received", bpf.LRU_HASH, 8, size(wire.Received), 8192),
         MapSpec("tls_streams", bpf.LRU_HASH, wire.TLS_KEY_SIZE, wire.TLS_STREAM_SIZE, 8192),
         MapSpec("tls_calls", bpf.LRU_HASH, 8, wire.TLS_CALL_SIZE, 8192),
+        MapSpec("executions", bpf.RINGBUF, 0, 0, EXECUTION_BYTES),
     )
     assert tuple(spec.name for spec in table) == wire.MAP_IDS
     own = (  # no program uses these: the agent's memory beyond its own life

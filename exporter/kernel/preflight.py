@@ -14,7 +14,8 @@ from typing import IO
 
 from exporter.errors import EbfwError
 from exporter.kernel import bpf, build, maps, pins
-from exporter.kernel.probes import PROBES, TLS_PROBES, load
+from exporter.kernel.probes import EXEC_PROBE, GO_PROBES, PROBES, TLS_PROBES, load
+from exporter.kernel.tls_libraries import COVERAGE
 
 
 class _Report:
@@ -91,11 +92,19 @@ def _try_programs(r: _Report, fds: dict[str, int], flows: int, ring: int) -> Non
         except EbfwError as error:
             r.line(probe.name, False, f"without it: {probe.lost}. {error}", probe.needed)
     try:
-        for probe in TLS_PROBES:
+        for probe in (*TLS_PROBES, *GO_PROBES):
             os.close(load(probe, code, fds))
         r.line("tls uprobes", *_uprobe_possible())
     except EbfwError as error:
         r.line("tls uprobes", False, f"without them: {TLS_PROBES[0].lost}. {error}")
+    try:
+        os.close(load(EXEC_PROBE, code, fds))
+        r.line("exec", True, "")
+    except EbfwError as error:
+        r.line("exec", False, f"without it: {EXEC_PROBE.lost}. {error}")
+    r.head("classes of ebfw.tls.connections")
+    for coverage, meaning in COVERAGE.items():
+        r.fact(coverage, meaning)
     r.head("maps")
     total = 0
     for name, fd in fds.items():

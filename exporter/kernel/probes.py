@@ -41,11 +41,23 @@ PROBES = (
     Probe("ingress", bpf.CGROUP_SKB, bpf.INGRESS, "received bytes, DNS answers, refused connections", needed=True),
     Probe("release", bpf.CGROUP_SOCK, bpf.SOCK_RELEASE, "connections given up or without a route"),
 )
-# Put on the functions of TLS libraries by kernel/tls_libraries.py. Without any one of them, none is.
+# Pinned, but linked to nothing: tls_libraries.py and tls_processes.py put them where they are needed, for as long as
+# the agent lives. By the feature that fails where one of them does not load. UPROBE_MULTI is a kind of link since
+# Linux 6.6; older kernels load the programs all the same.
 TLS_PROBES = tuple(
-    Probe(name, bpf.KPROBE, 0, "HTTP requests inside TLS")
-    for name in ("ssl_write", "ssl_read", "ssl_read_ex", "ssl_read_return", "ssl_free")
+    Probe(name, bpf.KPROBE, bpf.UPROBE_MULTI, "HTTP requests inside TLS")
+    for name in ("ssl_write", "ssl_write_return", "ssl_read", "ssl_read_ex", "ssl_read_return", "ssl_free")
 )
+GO_PROBES = tuple(
+    Probe(name, bpf.KPROBE, bpf.UPROBE_MULTI, "HTTP requests inside TLS of Go programs")
+    for name in ("go_write", "go_read", "go_read_return", "go_close")
+)
+EXEC_PROBE = Probe("exec", bpf.RAW_TRACEPOINT, 0, "TLS libraries of processes that live a few seconds")
+UNLINKED: dict[str, tuple[Probe, ...]] = {
+    "tls_uprobes": TLS_PROBES,
+    "tls_uprobes_go": GO_PROBES,
+    "exec": (EXEC_PROBE,),
+}
 
 _SCOPES: tuple[tuple[str, str], ...] = (
     ("127.0.0.0/8", "loopback"),
@@ -142,6 +154,7 @@ class Kernel:
             self.close(unpin=not self.adopted_maps)
             raise
         self.ring = Ring(self.maps["records"], self.ring_bytes)
+        self.executions = Ring(self.maps["executions"], maps.EXECUTION_BYTES)
         self.flow_table = maps.FlowTable(self.maps, self.flows)
         self.names = maps.NameTable(self.maps["names"])
         if self.adopted_maps:
@@ -215,12 +228,12 @@ class Kernel:
                 self.adopted_programs = True
                 for probe in PROBES:
                     features.set(probe.name, True, "")
-                self._open_tls_programs()
+                self._open_unlinked()
                 return
             code = build.compile_programs()
             for probe in PROBES:
                 self._attach_one(probe, code, cgroup, cgroup_id)
-            self._load_tls_programs(code)
+            self._load_unlinked(code)
             bpf.map_update(self.maps["stamp"], bytes(4), maps.STAMP.pack(*self._stamp()))
         finally:
             os.close(cgroup)
@@ -276,28 +289,31 @@ class Kernel:
         finally:
             os.close(link)
 
-    def _load_tls_programs(self, code: dict[str, bytes]) -> None:
-        try:
-            for probe in TLS_PROBES:
-                path = self.pin_path / f"prog_{probe.name}"
-                path.unlink(missing_ok=True)
-                program = self.programs[probe.name] = load(probe, code, self.maps)
-                bpf.pin(program, str(path))
-        except KernelError as error:
-            self._without_tls(str(error))
+    def _load_unlinked(self, code: dict[str, bytes]) -> None:
+        for feature, probes in UNLINKED.items():
+            try:
+                for probe in probes:
+                    path = self.pin_path / f"prog_{probe.name}"
+                    path.unlink(missing_ok=True)
+                    program = self.programs[probe.name] = load(probe, code, self.maps)
+                    bpf.pin(program, str(path))
+            except KernelError as error:
+                self._without(feature, str(error))
 
-    def _open_tls_programs(self) -> None:
-        try:
-            for probe in TLS_PROBES:
-                self.programs[probe.name] = bpf.get_pinned(str(self.pin_path / f"prog_{probe.name}"))
-        except OSError:
-            self._without_tls("a program is not pinned")
+    def _open_unlinked(self) -> None:
+        for feature, probes in UNLINKED.items():
+            try:
+                for probe in probes:
+                    self.programs[probe.name] = bpf.get_pinned(str(self.pin_path / f"prog_{probe.name}"))
+            except OSError:
+                self._without(feature, "a program is not pinned")
 
-    def _without_tls(self, why: str) -> None:
-        for fd in self.programs.values():
-            os.close(fd)
-        self.programs = {}
-        features.set("tls_uprobes", False, f"{TLS_PROBES[0].lost} ({why})")
+    def _without(self, feature: str, why: str) -> None:
+        """Without one of a feature's programs, none of them."""
+        for probe in UNLINKED[feature]:
+            if probe.name in self.programs:
+                os.close(self.programs.pop(probe.name))
+        features.set(feature, False, f"{UNLINKED[feature][0].lost} ({why})")
 
     # --- the rest of its life -------------------------------------------------------------------------------------
 
@@ -317,7 +333,7 @@ class Kernel:
 
     def close(self, unpin: bool) -> None:
         """Let go. With `unpin` everything is detached and removed; else the kernel goes on counting."""
-        for part in ("ring", "flow_table"):
+        for part in ("ring", "executions", "flow_table"):
             if hasattr(self, part):
                 getattr(self, part).close()
         for fd in (*self.maps.values(), *self.programs.values()):

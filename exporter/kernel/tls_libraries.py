@@ -1,172 +1,365 @@
-"""Finds OpenSSL in the processes of a cgroup subtree and puts the TLS probe on it.
+"""Which plaintext functions a file has, and the probes that sit on them.
 
-In: the pids of the subtree. Out: uprobes on what writes, reads and frees, one set a library file. A probe sits on a
-file, which processes outside may share; the program asks the kernel whether the task is in the subtree and reports no
-other (bpf/tls.h). Where the whole host is watched, the system's own libraries are probed before anyone maps them.
+In: a descriptor of a file that some process has mapped as code. Out: a coverage class and probes. A probe sits on a
+file, which processes outside the watched subtree may share; the program asks the kernel whether the task is in the
+subtree and reports no other (bpf/tls.h). Not its job: which processes there are (tls_processes.py).
 """
 
 from __future__ import annotations
 
-import mmap
+import ctypes
+import logging
 import os
 import re
-import struct
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import resource
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from exporter.health import features, losses
-from exporter.kernel import bpf
+from exporter.kernel import bpf, golang, returns
+from exporter.kernel.elf import Elf, Malformed
 
-# Function -> program, and whether it runs where the function returns.
-PROBES: dict[bytes, tuple[tuple[str, bool], ...]] = {
-    b"SSL_write": (("ssl_write", False),),
-    b"SSL_write_ex": (("ssl_write", False),),
-    b"SSL_read": (("ssl_read", False), ("ssl_read_return", True)),
+log = logging.getLogger("ebfw.tls")
+
+FILES = 256  # probed at once
+_REMEMBERED = 1024  # files that were examined; an examination takes a millisecond, a Go binary's 100
+_UNUSED_SECONDS = 8.0  # after which a file that nobody maps loses its probes
+_DESCRIPTORS = 8192  # FILES with a dozen links each; the usual limit of 1,024 is too low
+
+OPENSSL, BORINGSSL, GNUTLS, GO, STATIC, UNPROBED, NONE, UNKNOWN = (
+    "openssl",
+    "boringssl",
+    "gnutls",
+    "go",
+    "openssl_static",
+    "unprobed",
+    "none",
+    "unknown",
+)
+# The classes of ebfw.tls.connections, best evidence first: of two in one process the first counts.
+COVERAGE: dict[str, str] = {
+    GO: "Go's crypto/tls (Go 1.18 or newer, stripped or not): requests are seen",
+    STATIC: "OpenSSL inside the program or another library, found by its symbols (Node): requests are seen",
+    OPENSSL: "the library libssl: requests are seen",
+    BORINGSSL: "BoringSSL, found by its symbols: requests are seen",
+    GNUTLS: "the library libgnutls: requests are seen",
+    UNPROBED: "one of the above whose functions could not be probed: requests are not seen",
+    NONE: "no function that we know: rustls, NSS, Java, OpenSSL inside a stripped program; requests are not seen",
+    UNKNOWN: "the process was gone before it was looked at: requests may have been missed",
+}
+
+_WRITE = (("ssl_write_return", True), ("ssl_write", False))
+_READ = (("ssl_read", False), ("ssl_read_return", True))
+# Function -> what runs there: program, and whether where the function returns. In the order in which they are probed:
+# the first request may come within milliseconds.
+FUNCTIONS: dict[bytes, tuple[tuple[str, bool], ...]] = {
+    b"SSL_write": _WRITE,
+    b"SSL_write_ex": _WRITE,
+    b"SSL_read": _READ,
     b"SSL_read_ex": (("ssl_read_ex", False), ("ssl_read_return", True)),
     b"SSL_free": (("ssl_free", False),),
+    # The same arguments and results as OpenSSL's
+    b"gnutls_record_send": _WRITE,
+    b"gnutls_record_recv": _READ,
+    b"gnutls_deinit": (("ssl_free", False),),
 }
-LIBRARIES = 256  # probed at once; a library is dropped when no process maps it any more
-_SSL = re.compile(r"/libssl[^/]*\.so[^/]*$")
+_MARK = b"SSL_CTX_set_grease_enabled"  # BoringSSL has it, OpenSSL has not
+_SENDS = {b"SSL_write", b"gnutls_record_send"}  # without one of them a file has nothing for us
+_GO_WRITE, _GO_READ, _GO_CLOSE = b"crypto/tls.(*Conn).Write", b"crypto/tls.(*Conn).Read", b"crypto/tls.(*Conn).Close"
+
+_LIBSSL = re.compile(r"/libssl[^/]*\.so[^/]*$")
+_SYSTEM = re.compile(r"/lib(ssl|gnutls)\.so[.0-9]*$")
 _FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/lib64", "/lib")
+_OVERLAYFS = 0x794C7630
+
+File = tuple[int, int, int, int]  # what a file is known by: device, inode, time of change, size
 
 
-class Library(NamedTuple):
-    device: int
-    inode: int
+class Point(NamedTuple):
+    """Where a program goes."""
+
+    program: str
+    offset: int  # in the file
+    at_return: bool = False
+
+
+class Found(NamedTuple):
+    coverage: str
+    points: tuple[Point, ...]
+    later: tuple[golang.Function, ...] = ()  # Go's Read: where it returns is not known yet
+
+
+class _Probed:
+    __slots__ = ("coverage", "fds", "keep", "used")
+
+    def __init__(self, coverage: str, fds: list[int], keep: bool) -> None:
+        self.coverage, self.fds, self.keep = coverage, fds, keep
+        self.used = time.monotonic()
 
 
 class TlsLibraries:
-    """`programs`: descriptors of the programs of probes.TLS_PROBES. `everywhere`: the whole host is watched."""
+    """Probed files. `programs`: descriptors by name. One thread calls; a helper thread attaches what takes long."""
 
-    def __init__(self, programs: dict[str, int], cgroup: Path, everywhere: bool) -> None:
-        self._programs, self._cgroup, self._everywhere = programs, cgroup, everywhere
-        self._probes: dict[Library, list[int]] = {}
-        self._hopeless: set[Library] = set()
-        if everywhere:
-            for path in self._system_libraries():
-                self._probe(path)
+    def __init__(self, programs: Mapping[str, int]) -> None:
+        self._programs = programs
+        self._probed: dict[File, _Probed] = {}
+        self._known: OrderedDict[File, Found] = OrderedDict()
+        self._refused: OrderedDict[File, None] = OrderedDict()
+        self._multi = True  # uprobe_multi links, until the kernel says that it has none
+        self._slow = ThreadPoolExecutor(1, "tls-probes")
+        _allow_descriptors()
 
     def __len__(self) -> int:
-        return sum(map(len, self._probes.values()))
+        return len(self._probed)
 
-    @staticmethod
-    def _system_libraries() -> Iterator[str]:
-        for folder in _FOLDERS:
-            try:
-                entries = sorted(os.listdir(folder))
-            except OSError:
-                continue
-            for name in entries:
-                if _SSL.search("/" + name):
-                    yield os.path.join(folder, name)
+    def by_coverage(self) -> dict[str, int]:
+        """Files with probes, by class; all classes that have any functions."""
+        counts = dict.fromkeys((GO, STATIC, OPENSSL, BORINGSSL, GNUTLS), 0)
+        for probed in list(self._probed.values()):
+            counts[probed.coverage] += 1
+        return counts
 
-    def pids(self) -> Iterator[int]:
-        """Processes in the subtree now."""
-        for folder, _, _ in os.walk(self._cgroup):
-            try:
-                with open(os.path.join(folder, "cgroup.procs"), encoding="ascii") as text:
-                    yield from map(int, text.read().split())
-            except (OSError, ValueError):
-                continue  # removed meanwhile, or a threaded cgroup
+    # --- files ----------------------------------------------------------------------------------------------------
 
-    def scan(self) -> None:
-        """Look at every process of the subtree; drop what nobody maps any more."""
-        mapped: set[Library] = set()
-        for pid in self.pids():
-            mapped.update(self.look_at(pid))
-        if not self._everywhere:
-            for library in set(self._probes) - mapped:
-                for fd in self._probes.pop(library):
-                    os.close(fd)
-
-    def look_at(self, pid: int) -> Iterable[Library]:
-        """The TLS libraries that a process maps; probes those that have no probe yet."""
-        found: dict[Library, str] = {}
+    def examine(self, path: str, name: str, keep: bool = False) -> tuple[File | None, str]:
+        """Put probes on a file if it has functions for them: what it is known by (None where it has none) and its
+        class. `path`: how to open it; `name`: what its process calls it."""
         try:
-            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as text:
-                for line in text:
-                    if "libssl" not in line:
-                        continue
-                    fields = line.split(None, 5)
-                    if len(fields) == 6 and _SSL.search(fields[5].rstrip("\n")):
-                        major, minor = fields[3].split(":")
-                        library = Library(os.makedev(int(major, 16), int(minor, 16)), int(fields[4]))
-                        found[library] = fields[0]
-        except OSError:
-            return ()
-        for library, span in found.items():
-            if library not in self._probes and library not in self._hopeless:
-                self._probe(f"/proc/{pid}/map_files/{span}", library)
+            with _regular(path) as fd:
+                file = identity(fd)
+                if file in self._probed:
+                    self._probed[file].keep |= keep
+                    return file, self._probed[file].coverage
+                found = self._found(file, fd, name)
+                if not found.points:
+                    return None, found.coverage
+                if file in self._refused:
+                    return file, UNPROBED
+                return file, self._attach(file, fd, found, keep, name)
+        except (OSError, Malformed):
+            if "ssl" in name or "gnutls" in name:
+                losses.add("attribution", "tls_library_unreadable")
+            return None, NONE
+
+    def _found(self, file: File, fd: int, name: str) -> Found:
+        found = self._known.get(file)
+        if found is None:
+            found = self._known[file] = examine(fd, name, self._programs)
+            if len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
         return found
 
-    def _probe(self, path: str, library: Library | None = None) -> None:
-        try:
-            status = os.stat(path)
-            where = library or Library(status.st_dev, status.st_ino)
-            if where in self._probes or where in self._hopeless:
-                return
-            if len(self._probes) >= LIBRARIES:
-                losses.add("table", "tls_libraries_full")
-                return
-            offsets = symbol_offsets(path, PROBES)
-        except (OSError, ValueError, struct.error, IndexError):
-            losses.add("attribution", "tls_library_unreadable")
-            if library is not None and len(self._hopeless) < LIBRARIES:
-                self._hopeless.add(library)
-            return
+    def _attach(self, file: File, fd: int, found: Found, keep: bool, name: str) -> str:
+        if len(self._probed) >= FILES and not self._make_room():
+            losses.add("table", "tls_libraries_full")
+            return UNPROBED
         fds: list[int] = []
         try:
-            for symbol, offset in offsets.items():
-                for program, returns in PROBES[symbol]:
-                    fds.append(bpf.uprobe(self._programs[program], path, offset, returns))
+            self._put(fds, fd, found.points)
         except OSError as error:
-            for fd in fds:
-                os.close(fd)
-            features.set("tls_uprobes", False, f"HTTP requests inside TLS ({bpf.why(error, 'putting a uprobe')})")
-            if len(self._hopeless) < LIBRARIES:
-                self._hopeless.add(where)
-            return
-        self._probes[where] = fds
+            _close(fds)
+            if not features.active("tls_uprobes"):
+                features.set("tls_uprobes", False, f"HTTP requests inside TLS ({bpf.why(error, 'putting a uprobe')})")
+            losses.add("attribution", "tls_library_refused")
+            self._refused[file] = None
+            if len(self._refused) > _REMEMBERED:
+                self._refused.popitem(last=False)
+            return UNPROBED
+        self._probed[file] = probed = _Probed(found.coverage, fds, keep)
         features.set("tls_uprobes", True, "")
+        if found.later:
+            self._slow.submit(self._attach_returns, file, probed, os.dup(fd), found, name)
+        else:
+            log.debug("probes are on %s (%s)", name, found.coverage)
+        return found.coverage
+
+    def _put(self, fds: list[int], fd: int, points: tuple[Point, ...]) -> None:
+        """One link for each program, or one perf event for each point. The descriptor's own path: the file's may be
+        in another mount namespace, or gone."""
+        path = f"/proc/self/fd/{fd}"
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for point in points:
+            groups.setdefault((point.program, point.at_return), []).append(point.offset)
+        for (program, at_return), offsets in groups.items():
+            if self._multi:
+                try:
+                    fds.append(bpf.uprobe_multi(self._programs[program], path, offsets, at_return))
+                    continue
+                except OSError:
+                    if fds:
+                        raise
+                    fds.append(bpf.uprobe(self._programs[program], path, offsets.pop(0), at_return))
+                    self._multi = False  # the kernel's fault: the place is good enough for a perf event
+            fds.extend(bpf.uprobe(self._programs[program], path, offset, at_return) for offset in offsets)
+
+    def _attach_returns(self, file: File, probed: _Probed, fd: int, found: Found, name: str) -> None:
+        """In the helper thread: a child process finds out where Go's Read returns."""
+        fds: list[int] = []
+        try:
+            elf = Elf(fd)
+            (function,) = found.later
+            points = [
+                Point("go_read_return", function.offset + at)
+                for at in returns.find([elf.read(function.offset, function.size)])[0]
+            ]
+            if points:
+                # A read that is seen to begin and not to end would be paired with the next one's end.
+                points.append(Point("go_read", function.offset))
+                self._put(fds, fd, tuple(points))
+            else:
+                losses.add("attribution", "go_returns_unknown")
+        except (OSError, Malformed):
+            losses.add("attribution", "go_returns_unknown")
+            _close(fds)
+            fds = []
+        finally:
+            os.close(fd)
+        if self._probed.get(file) is probed:
+            probed.fds += fds
+            log.debug("probes are on %s (%s)", name, found.coverage)
+        else:
+            _close(fds)
+
+    # --- and their end --------------------------------------------------------------------------------------------
+
+    def used(self, files: set[File]) -> None:
+        """These files are mapped by some process now. What was not for a while loses its probes."""
+        now = time.monotonic()
+        for file, probed in list(self._probed.items()):
+            if file in files or probed.keep:
+                probed.used = now
+            elif now - probed.used > _UNUSED_SECONDS:
+                self._drop(file)
+
+    def _make_room(self) -> bool:
+        """Drop the file that has been without a process for longest; False where each has one."""
+        now = time.monotonic()
+        unused = [
+            (probed.used, file) for file, probed in self._probed.items() if not probed.keep and probed.used < now - 6
+        ]
+        if unused:
+            self._drop(min(unused)[1])
+        return bool(unused)
+
+    def _drop(self, file: File) -> None:
+        # The kernel waits for a grace period with each: 40 to 140 ms.
+        self._slow.submit(_close, self._probed.pop(file).fds)
+
+    def system(self) -> None:
+        """Probe the host's own libraries, for good: for an agent that watches the whole host."""
+        for path in _system_libraries():
+            self.examine(path, path, keep=True)
+
+    def settle(self) -> None:
+        """Wait until what was begun is attached and detached."""
+        self._slow.submit(int).result()
 
     def close(self) -> None:
-        for fds in self._probes.values():
-            for fd in fds:
-                os.close(fd)
-        self._probes.clear()
+        """All at once: grace periods that run side by side take as long as one."""
+        self._slow.shutdown(wait=True, cancel_futures=False)
+        fds = [fd for probed in self._probed.values() for fd in probed.fds]
+        self._probed.clear()
+        if fds:
+            with ThreadPoolExecutor(min(32, len(fds))) as pool:
+                pool.map(os.close, fds)
 
 
-def symbol_offsets(path: str, symbols: Iterable[bytes]) -> dict[bytes, int]:
-    """File offsets of functions in a 64-bit little-endian ELF library's dynamic symbol table (System V ABI, chapters 4
-    and 5). Only those found. Raises ValueError where the file is none."""
-    wanted, found = set(symbols), {}
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-        if data[:6] != b"\x7fELF\x02\x01":
-            raise ValueError("not a 64-bit little-endian ELF file")
-        program_at, section_at = struct.unpack_from("<QQ", data, 32)
-        program_size, programs, section_size, sections = struct.unpack_from("<HHHH", data, 54)
-        loads = []
-        for index in range(programs):
-            kind, flags, offset, address, _, size = struct.unpack_from(
-                "<IIQQQQ", data, program_at + index * program_size
-            )
-            if kind == 1 and flags & 1:  # PT_LOAD, executable
-                loads.append((address, size, offset))
-        for index in range(sections):
-            head = section_at + index * section_size
-            if struct.unpack_from("<I", data, head + 4)[0] != 11:  # SHT_DYNSYM
-                continue
-            offset, size, link = struct.unpack_from("<QQI", data, head + 24)
-            strings, strings_size = struct.unpack_from("<QQ", data, section_at + link * section_size + 24)
-            for at in range(offset, offset + size, 24):
-                name_at, info, _, where, address = struct.unpack_from("<IBBHQ", data, at)
-                if info & 15 != 2 or not where or name_at >= strings_size:  # STT_FUNC, defined
-                    continue
-                end = data.find(b"\0", strings + name_at, strings + strings_size)
-                name = data[strings + name_at : end]
-                if name in wanted:
-                    for base, length, file_at in loads:
-                        if base <= address < base + length:
-                            found[name] = address - base + file_at
-    return found
+def examine(fd: int, name: str, programs: Mapping[str, int]) -> Found:
+    """The functions of a file, as far as there are programs for them. `name` tells libssl from what holds a copy of
+    it. Raises Malformed or OSError."""
+    elf = Elf(fd)
+    wanted = (*FUNCTIONS, _MARK)
+    symbols = elf.exported(wanted)
+    if "libgnutls-openssl" in name:  # SSL_write there is a wrapper: libgnutls would tell the same once more
+        return Found(NONE, ())
+    if not symbols:
+        found = golang.functions(elf, (_GO_WRITE, _GO_READ, _GO_CLOSE))
+        if found is not None:
+            return _go(found, programs)
+        symbols = elf.listed(wanted)
+    if not symbols.keys() & _SENDS:
+        return Found(NONE, ())
+    points = tuple(
+        Point(program, symbols[function], at_return)
+        for function, probes in FUNCTIONS.items()
+        for program, at_return in probes
+        if function in symbols and program in programs
+    )
+    if b"gnutls_record_send" in symbols:
+        return Found(GNUTLS, points)
+    if _MARK in symbols:
+        return Found(BORINGSSL, points)
+    return Found(OPENSSL if _LIBSSL.search(name) else STATIC, points)
+
+
+def _go(found: dict[bytes, golang.Function], programs: Mapping[str, int]) -> Found:
+    if _GO_WRITE not in found or "go_write" not in programs:
+        return Found(NONE, ())
+    points = [Point("go_write", found[_GO_WRITE].offset)]
+    if _GO_CLOSE in found:
+        points.append(Point("go_close", found[_GO_CLOSE].offset))
+    return Found(GO, tuple(points), (found[_GO_READ],) if _GO_READ in found else ())
+
+
+@contextmanager
+def _regular(path: str) -> Iterator[int]:
+    """A regular file, open for reading. What a process has mapped may be a device, and opening one does things."""
+    where = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(where).st_mode):
+            raise Malformed("not a regular file")
+        fd = os.open(f"/proc/self/fd/{where}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(where)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def identity(fd: int) -> File:
+    """What the kernel would call the same file. On overlayfs each container has a device number of its own, while the
+    uprobe sits on the inode below, which the containers of one image share: two probes there would report everything
+    twice. Layers on one file system, the rule, keep the inode's number; so there the device does not count."""
+    status = os.fstat(fd)
+    return (
+        0 if _filesystem(fd) == _OVERLAYFS else status.st_dev,
+        status.st_ino,
+        status.st_mtime_ns,
+        status.st_size,
+    )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _filesystem(fd: int) -> int:
+    """f_type of statfs(2), the first word of its answer on 64-bit machines."""
+    answer = (ctypes.c_uint64 * 32)()
+    return int(answer[0]) if _libc.fstatfs(fd, ctypes.byref(answer)) == 0 else 0
+
+
+def _system_libraries() -> Iterator[str]:
+    for folder in _FOLDERS:
+        with suppress(OSError):
+            for name in sorted(os.listdir(folder)):
+                if _SYSTEM.search("/" + name):
+                    yield os.path.join(folder, name)
+
+
+def _allow_descriptors() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if 0 <= soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -34,6 +34,7 @@ MAP_IDS = (
     "received",
     "tls_streams",
     "tls_calls",
+    "executions",
 )  # enum map_id, from 1
 
 ROLES = ("unknown", "client", "server")
@@ -49,6 +50,7 @@ TALLIES = (
     ("table", "sockets"),
     ("decode", "client_hello"),
     ("table", "scratch"),
+    ("ring", "executions_full"),
     ("filtered", "connect"),
     ("filtered", "close"),
     ("filtered", "tls"),
@@ -167,6 +169,10 @@ class Received(c.Structure):
     _fields_ = (("bytes", c.c_uint64), ("last_ns", c.c_uint64))
 
 
+class Execution(c.Structure):
+    _fields_ = (("time_ns", c.c_uint64), ("pid", c.c_uint32), ("pad", c.c_uint32))
+
+
 STRUCTS: dict[str, type[c.Structure]] = {
     "flow_key": FlowKey,
     "flow_row": FlowRow,
@@ -178,16 +184,19 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "settings": Settings,
     "record": Record,
     "received": Received,
+    "execution": Execution,
 }
 
 # For the hot path: one call for all fields, in the order of struct record.
 RECORD = struct.Struct("<QQQQ16s16s16sIHHBBBBBBHQQQIIII")
 FLOW_KEY = struct.Struct("<QQ16sHBBBBH")
 FLOW_ROW = struct.Struct("<IIQ")
+EXECUTION = struct.Struct("<QII")
 assert RECORD.size == c.sizeof(Record)
 assert FLOW_KEY.size == c.sizeof(FlowKey)
 assert FLOW_ROW.size == c.sizeof(FlowRow)
+assert EXECUTION.size == c.sizeof(Execution)
 
 SOCKET_SIZE = 192
-TLS_KEY_SIZE, TLS_STREAM_SIZE, TLS_CALL_SIZE = 16, 48, 24
+TLS_KEY_SIZE, TLS_STREAM_SIZE, TLS_CALL_SIZE = 16, 48, 32
 INSPECTION_SIZE = 1236

@@ -43,9 +43,9 @@ def compiled(name: str = "loadgen") -> Path:
 
 
 def private_libssl(directory: Path) -> Path | None:
-    """Copies the libssl of this Python, which is curl's too, into `directory`/lib; its path there, for
-    uprobes that concern nobody else: run clients with LD_LIBRARY_PATH=`directory`/lib. None where Python has
-    TLS built in.
+    """Copies the libssl of this Python, which is curl's too, and libgnutls, which Debian's curl also maps, into
+    `directory`/lib; the path of libssl there, for uprobes that concern nobody else: run clients with
+    LD_LIBRARY_PATH=`directory`/lib. None where Python has TLS built in.
     """
     # The mapping counts, not the search path: this is the file that the ssl module really uses.
     assert ssl.OPENSSL_VERSION
@@ -53,5 +53,8 @@ def private_libssl(directory: Path) -> Path | None:
         library = Path(line.partition("/")[1] + line.partition("/")[2])
         if library.name.startswith("libssl") and library.exists():
             (directory / "lib").mkdir(exist_ok=True)
+            for other in library.parent.glob("libgnutls.so.*"):
+                if other.is_symlink():
+                    shutil.copy(other, directory / "lib")
             return Path(shutil.copy(library, directory / "lib"))
     return None

@@ -357,7 +357,8 @@ class Client:
 
 @pytest.fixture
 def start(lab: Lab, servers: Servers, cgroup: Cgroup) -> Iterator[Callable[..., Client]]:
-    """start(lines, cgroup=…, netns=…, names=…, **variables): a Client that has begun. The servers run."""
+    """start(lines, cgroup=…, netns=…, names=…, through=…, **variables): a Client that has begun; `through`: a command
+    that runs what follows it. The servers run."""
     started: list[Client] = []
 
     def begin(
@@ -366,9 +367,10 @@ def start(lab: Lab, servers: Servers, cgroup: Cgroup) -> Iterator[Callable[..., 
         cgroup: Cgroup | None = cgroup,
         netns: Namespace = lab.pods,
         names: bool = False,
+        through: Iterable[str] = (),
         **variables: Any,
     ) -> Client:
-        argv = [sys.executable, "-I", "-S", "-c", _PRELUDE.read_text() + "\n" + lines]
+        argv = [*through, sys.executable, "-I", "-S", "-c", _PRELUDE.read_text() + "\n" + lines]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         if cgroup is None:
             process = netns.popen(argv, **pipes)

@@ -32,6 +32,8 @@ from lab.clients import private_libssl
 from lab.dns import Entry
 from lab.net import SERVERS4, SERVERS6, preflight
 from lab.servers import Servers
+from tests.pipeline.collector import Collector
+from tests.pipeline.prometheus_server import PrometheusServer
 
 REPO = Path(__file__).resolve().parents[2]
 PROGRAMS = 8  # that a whole agent has on its cgroup
@@ -422,6 +424,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         names_of_lab = lab.name
     left = [*Path("/run/netns").glob(f"{names_of_lab}*"), *([lab.directory] if lab.directory.exists() else [])]
     assert not left
+
+
+@pytest.fixture(scope="session")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrometheusServer]:
+    """A real one, for the whole run; it scrapes `prometheus.target`, whoever listens there."""
+    with PrometheusServer(tmp_path_factory.mktemp("prometheus")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def collector(tmp_path_factory: pytest.TempPathFactory, prometheus: PrometheusServer) -> Iterator[Collector]:
+    """A real one, for the whole run; its metrics go on to `prometheus`. Tests that stop one start their own."""
+    with Collector(tmp_path_factory.mktemp("collector"), prometheus.otlp) as found:
+        yield found
 
 
 @pytest.fixture

@@ -126,12 +126,12 @@ def test_d22_credentials_in_the_clear_are_marked_and_never_shown(host: Host, wor
     marked = {event["path"]: event.get("cleartext_credentials", False) for event in agent.events if "path" in event}
     assert marked == {f"/{n}": n % 4 != 3 for n in range(N)}
     metrics = agent.settled()
-    labels = {"ebfw_workload": "shop", "ebfw_hygiene_finding": "cleartext_credentials"}
+    labels = {"service_name": "shop", "ebfw_hygiene_finding": "cleartext_credentials"}
     with_credentials = sum(marked.values())
     assert metrics.total("ebfw_hygiene_findings_total", **labels) == with_credentials
     assert metrics.total("ebfw_hygiene_checked_total", **labels) == N
-    assert metrics.total("ebfw_hygiene_http_connections_total", ebfw_workload="shop") == N
-    assert metrics.total("ebfw_hygiene_http_requests_total", ebfw_workload="shop") == N
-    assert metrics.rows("ebfw_hygiene_time_seconds_total", ebfw_workload="shop", ebfw_hygiene_phase="connect")
+    assert metrics.total("ebfw_hygiene_http_connections_total", service_name="shop") == N
+    assert metrics.total("ebfw_hygiene_http_requests_total", service_name="shop") == N
+    assert metrics.rows("ebfw_hygiene_time_seconds_total", service_name="shop", ebfw_hygiene_phase="connect")
     assert metrics.total("ebfw_hygiene_ports_available") > 1000
     assert secret not in agent.output + agent.log + metrics.text

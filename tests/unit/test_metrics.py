@@ -34,7 +34,9 @@ class Clock:
 
 
 def make(**options: Any) -> tuple[Metrics, Clock]:
+    """At pod level where a test does not say otherwise: what one identity has must not depend on the level."""
     clock = Clock()
+    options = {"level": "pod"} | options
     options = {"losses": health.Losses(), "features": health.Features()} | options
     return Metrics(Resources("node1"), clock=clock, wall=clock.wall, **options), clock
 
@@ -272,7 +274,7 @@ def test_everything_is_given_back_after_expiry() -> None:
     clock.seconds += 1000
     metrics.expire()
     assert set(read(metrics, c.SERIES, "ebfw.metric").values()) == {0}
-    assert metrics._count == 0
+    assert metrics._store.count == 0
 
 
 def test_events_and_attribution() -> None:
@@ -493,10 +495,19 @@ def test_names_are_the_conventions() -> None:
         process_attributes as process,
     )
     from opentelemetry.semconv._incubating.attributes import (
+        rpc_attributes as rpc,
+    )
+    from opentelemetry.semconv._incubating.attributes import (
         service_attributes as service,
     )
     from opentelemetry.semconv._incubating.attributes import (
         telemetry_attributes as telemetry,
+    )
+    from opentelemetry.semconv._incubating.attributes import (
+        tls_attributes as tls,
+    )
+    from opentelemetry.semconv._incubating.attributes import (
+        url_attributes as url,
     )
     from opentelemetry.semconv._incubating.attributes import (
         user_attributes as user,
@@ -505,14 +516,13 @@ def test_names_are_the_conventions() -> None:
         error_attributes,
         http_attributes,
         server_attributes,
-        url_attributes,
     )
 
     known = {
         value
         for module in (
-            container, dns, k8s, network, process, service, telemetry, user, error_attributes,
-            http_attributes, server_attributes, url_attributes,
+            container, dns, k8s, network, process, rpc, service, telemetry, tls, url, user, error_attributes,
+            http_attributes, server_attributes,
         )
         for value in vars(module).values()
         if isinstance(value, str)
@@ -523,3 +533,19 @@ def test_names_are_the_conventions() -> None:
         if name.isupper() and isinstance(value, str) and "." in value and not value.startswith(("ebfw.", "otel."))
     } - {c.HOST_NAME, c.SCHEMA_URL, c.HTTP_REQUEST_HEADER}
     assert ours <= known
+
+
+def test_every_attribute_is_declared() -> None:
+    """What the docs' table is made of: no name is missing, none is there twice."""
+    declared = [attribute.name for attribute in c.ATTRIBUTES]
+    assert len(set(declared)) == len(declared)
+    assert {name for metric in c.METRICS for name in (*metric.attributes, *metric.more)} <= set(declared)
+    named = {
+        value
+        for name, value in vars(c).items()
+        if name.isupper() and isinstance(value, str) and "." in value and not name.startswith("EVENT_")
+    } - {c.SCHEMA_URL, c.HTTP_REQUEST_HEADER}
+    assert named <= set(declared)
+    assert {a.type for a in c.ATTRIBUTES} <= {"string", "int", "boolean", "double", "string[]"}
+    stability = {entry.stability for entry in (*c.ATTRIBUTES, *c.METRICS)}
+    assert stability == {c.STABLE, c.CANDIDATE, c.DEVELOPMENT}

@@ -154,7 +154,7 @@ def test_every_signal_arrives_under_the_resource_of_its_workload(receiver: Recei
     assert logs["ssh.service", "ebfw.egress.connection"].severity_number == 13
 
     ((resource, metric, point),) = receiver.points("ebfw.network.io")
-    assert (resource["k8s.pod.uid"], point.as_int, point.start_time_unix_nano) == ("uid-1", 100, 5)
+    assert (resource["service.name"], point.as_int, point.start_time_unix_nano) == ("web-0", 100, 5)
     assert (metric.unit, metric.sum.is_monotonic, metric.sum.aggregation_temporality) == ("By", True, 2)
     ((_, _, buckets),) = receiver.points("ebfw.tcp.connect.duration")
     assert (buckets.count, list(buckets.explicit_bounds)) == (1, list(c.CONNECT_TIME.bounds))

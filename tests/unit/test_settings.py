@@ -82,6 +82,10 @@ def test_every_variable_sets_a_field_and_every_field_is_documented() -> None:
         ("EBFW_TLS_UPROBES", "no", "uprobes", False),
         ("EBFW_PERSIST", "on", "persist", True),
         ("EBFW_QUERY_VALUES", "page, Limit,", "query_values", frozenset({"page", "limit"})),
+        ("EBFW_METRICS_LEVEL", "POD", "metrics_level", "pod"),
+        ("EBFW_METRICS_ATTRIBUTES", "url.scheme, url.template", "metrics_attributes", {"url.scheme", "url.template"}),
+        ("EBFW_METRICS_OPT_IN", "http.client.request.body.size", "metrics_opt_in", {"http.client.request.body.size"}),
+        ("EBFW_ROUTES", "/users/{id}/*, /,", "routes", ("/users/{id}/*", "/")),
         ("EBFW_LOG_LEVEL", "debug", "log_level", "debug"),
     ],
 )
@@ -127,6 +131,9 @@ def test_set_but_empty_is_not_set() -> None:
         ("EBFW_POLICY_SOURCE", "http", "file or crd"),
         ("EBFW_NODE_NAME", "a\nb", "printable"),
         ("EBFW_QUERY_VALUES", "a b", "commas"),
+        ("EBFW_METRICS_LEVEL", "node", "workload or pod"),
+        ("EBFW_METRICS_ATTRIBUTES", "a b", "commas"),
+        *[("EBFW_ROUTES", f"/fine,{text}", "/users/{id}/*") for text in ("users", "/a b", "/a?b", "/a//b", "/a#b")],
     ],
 )
 def test_wrong_value_names_the_variable(name: str, text: str, says: str) -> None:

@@ -27,6 +27,7 @@ TALLY_NAMES = {
     ("table", "sockets"): "LOST_SOCKET",
     ("decode", "client_hello"): "LOST_HELLO",
     ("table", "scratch"): "LOST_SCRATCH",
+    ("ring", "executions_full"): "LOST_EXECUTION",
     ("filtered", "connect"): "FILTERED_CONNECT",
     ("filtered", "close"): "FILTERED_CLOSE",
     ("filtered", "tls"): "FILTERED_TLS",

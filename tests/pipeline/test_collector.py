@@ -1,0 +1,440 @@
+"""A real OpenTelemetry Collector gets exactly what the known workload did, by every way that leads to it, and whatever
+happens to the Collector, the agent goes on: nothing stalls, what is lost is counted, memory stays where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.pipeline import known
+from tests.pipeline.collector import TOKEN, Collector
+from tests.pipeline.conftest import Agent, Host, Samples, World, eventually
+from tests.pipeline.otlp_receiver import Receiver
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(300)]
+
+
+def over(collector: Collector, protocol: str, port: str, scheme: str = "http", **more: str) -> dict[str, str]:
+    """The variables that send a run to one of the Collector's receivers."""
+    url = f"{scheme}://127.0.0.1:{collector.ports[port]}"
+    wire = "grpc" if protocol == "grpc" else "http/protobuf"
+    common = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_EXPORTER_OTLP_PROTOCOL": wire}
+    return common | {f"OTEL_EXPORTER_OTLP_{key.upper()}": text for key, text in more.items()}
+
+
+def ways(collector: Collector) -> dict[str, dict[str, str]]:
+    c = collector.certificates
+    certificates = {
+        "certificate": str(c.ca),
+        "client_certificate": str(c.client),
+        "client_key": str(c.client_key),
+    }
+    # As the specification has it: a space in a value is %20.
+    token = f"authorization=Bearer%20{TOKEN}"
+    found = {}
+    for protocol in ("grpc", "http"):
+        found[protocol] = over(collector, protocol, protocol)
+        found[f"{protocol}-tls-gzip"] = over(
+            collector, protocol, f"tls_{protocol}", "https", certificate=str(c.ca), compression="gzip"
+        )
+        found[f"{protocol}-mutual"] = over(
+            collector, protocol, f"remote_{protocol}", "https", headers=token, compression="gzip", **certificates
+        )
+        # What an administrator has set for every program of the host does not beat what is set for the exporter.
+        found[f"{protocol}-mutual"]["REQUESTS_CA_BUNDLE"] = str(c.client)
+    return found
+
+
+WAYS = [f"{protocol}{how}" for protocol in ("grpc", "http") for how in ("", "-tls-gzip", "-mutual")]
+
+
+class Run(NamedTuple):
+    began: int
+    ended: int
+    pages: dict[str, Samples]  # by way: the agent's /metrics when all was sent
+    logs: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def run(world: World, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """One agent for each way, all on one cgroup, each with pins of its own; they see the traffic once."""
+    with Host(world, tmp_path_factory.mktemp("ways")) as host:
+        agents: dict[str, Agent] = {}
+        for way, variables in ways(collector).items():
+            pins = str(host.directory / f"pins-{way}")
+            agents[way] = host.start(EBFW_BPF_PIN_PATH=pins, **known.settings(way), **variables)
+        for agent in agents.values():
+            agent.ready()
+        began = time.time_ns()
+        known.traffic(world, host.shop)
+        for way, agent in agents.items():
+            eventually(lambda agent=agent: len(agent.lines) >= known.EVENTS)
+            eventually(lambda way=way: len(collector.spans(way)) + len(collector.logs(way)) >= known.RECORDS, 30)
+        ended = time.time_ns()
+        pages = {way: agent.settled() if way == "grpc" else agent.metrics() for way, agent in agents.items()}
+        for agent in agents.values():
+            assert agent.stop() == 0
+        yield Run(began, ended, pages, {way: agent.log for way, agent in agents.items()})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_brings_exactly_what_happened(run: Run, collector: Collector, way: str) -> None:
+    spans, logs = collector.spans(way), collector.logs(way)
+    assert known.spans(spans) == known.SPANS
+    assert known.logs(logs) == known.LOGS
+    assert len({span.span_id for span in spans}) == len(spans)
+    shop = [point for point in collector.points(way) if point.resource["service.name"] == "shop"]
+    assert known.metrics(shop) == known.METRICS
+    assert not [row for row in run.pages[way].rows("ebfw_records_lost_total") if row.value]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_resource(run: Run, collector: Collector, way: str) -> None:
+    common = {
+        "host.name": platform.node(),
+        "k8s.node.name": f"node-{way}",
+        "deployment.environment.name": way,
+        "telemetry.distro.name": "ebfw",
+    }
+    for signal_ in (collector.spans(way), collector.logs(way), collector.points(way)):
+        by_name = {item.resource["service.name"]: item.resource for item in signal_}
+        resource = dict(by_name["shop"])
+        version = resource.pop("telemetry.distro.version")
+        assert resource == common | {
+            "service.name": "shop",
+            "service.instance.id": f"node-{way}.shop",
+            "ebfw.workload.kind": "cgroup",
+        }
+        assert by_name.keys() <= {"shop", "ebfw"}
+    # D17: the service's own keys describe the agent and nobody else.
+    agent = by_name["ebfw"]
+    assert agent["service.version"] == "9.9.9"
+    assert agent["telemetry.distro.version"] == version
+
+
+def test_kernel_time(run: Run, collector: Collector) -> None:
+    for way in WAYS:
+        for span in collector.spans(way):
+            assert run.began <= span.start <= span.end <= run.ended
+        for log in collector.logs(way):
+            assert run.began <= log.time <= run.ended
+
+
+def test_all_ways_say_the_same(run: Run, collector: Collector) -> None:
+    """Down to the attributes, but for what differs between two measurements."""
+    measured = ("duration", "rtt", "received", "sent", "retransmits", "connection.id")
+
+    def said(way: str) -> list[str]:
+        rows = []
+        for item in [*collector.spans(way), *collector.logs(way)]:
+            attributes = {k: v for k, v in item.attributes.items() if not k.endswith(measured)}
+            rows.append(f"{type(item).__name__} {item.name} {sorted(attributes.items())}")
+        return sorted(rows)
+
+    first = said(WAYS[0])
+    assert len(first) == known.RECORDS
+    for way in WAYS[1:]:
+        assert said(way) == first
+
+
+def test_units(run: Run, collector: Collector) -> None:
+    points = collector.points("grpc")
+    units = {point.name: point.unit for point in points}
+    assert units["ebfw.network.io"] == "By"
+    assert units["ebfw.tcp.connections"] == "{connection}"
+    assert units["dns.lookup.duration"] == "s"
+    kinds = {point.name: point.kind for point in points}
+    assert (kinds["ebfw.network.io"], kinds["dns.lookup.duration"], kinds["ebfw.table.used"]) == (
+        "sum",
+        "histogram",
+        "gauge",
+    )
+    assert all(point.start <= point.time for point in points)
+
+
+def test_the_token_is_nowhere(run: Run, collector: Collector) -> None:
+    assert all(TOKEN not in text for text in run.logs.values())
+    assert all(TOKEN not in page.text for page in run.pages.values())
+    for signal_ in ("traces", "metrics", "logs"):
+        assert TOKEN not in (collector.directory / f"{signal_}.jsonl").read_text()
+
+
+# --- what can go wrong ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Collector]:
+    """A Collector that a test may stop, not yet started."""
+    found = Collector(tmp_path)
+    try:
+        yield found
+    finally:
+        found.stop(signal.SIGKILL)
+
+
+STALL = 4.0  # seconds until a line; a stalled agent would take as long as an export waits, and that again and again
+# What is tried again is given up after a second, so that tests see it given up.
+IMPATIENT = {"OTEL_EXPORTER_OTLP_TIMEOUT": "1000"}
+
+
+def lost(page: Samples, *causes: str) -> int:
+    """Spans and log records that did not reach a receiver (of metrics, points are counted apart)."""
+    causes = causes or ("queue_full", "failed", "rejected", "encode", "shutdown", "budget")
+    return sum(page.lost("export", cause) for cause in causes)
+
+
+def quiet(agent: Agent) -> bool:
+    """Whether nothing waits any more, nor is on its way: that takes at most IMPATIENT's second."""
+
+    def state() -> tuple[int, ...]:
+        page = agent.metrics()
+        signals = ("traces", "logs")
+        waiting = [page.total("ebfw_export_queue", ebfw_signal=signal_) for signal_ in signals]
+        return (sum(waiting), lost(page), *(page.total("ebfw_export_items_total", ebfw_signal=s) for s in signals))
+
+    before = state()
+    time.sleep(2.5)
+    return before[0] == 0 and state() == before
+
+
+def arrived(collector: Collector, run: str) -> int:
+    """Distinct spans and log records: what is sent again after an answer was lost arrives twice."""
+    spans = {span.span_id for span in collector.spans(run)}
+    logs = {(log.time, log.name, repr(sorted(log.attributes.items()))) for log in collector.logs(run)}
+    return len(spans) + len(logs)
+
+
+def beat(world: World, host: Host, agent: Agent, number: int) -> float:
+    """One request, and how long it took until its line stood on standard output, in seconds."""
+    mark = f"/beat/{number}"
+    world.curl(host.shop, f"http://{known.SERVER}{mark}")
+    at = time.monotonic()
+    eventually(lambda: mark in agent.output)
+    return time.monotonic() - at
+
+
+@contextlib.contextmanager
+def unharmed(world: World, host: Host, agent: Agent) -> Iterator[None]:
+    """Inside, something happens to the receiver. Before and after, lines come as fast, and memory is what it was."""
+    assert beat(world, host, agent, 1) < STALL
+    before = agent.memory()
+    yield
+    assert max(beat(world, host, agent, number) for number in (2, 3, 4)) < STALL
+    assert agent.memory() < before + 16e6
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_collector_comes_later(host: Host, world: World, own: Collector, protocol: str) -> None:
+    agent = host.start(**known.settings("late"), **over(own, protocol, protocol), **IMPATIENT).ready()
+    known.traffic(world, host.shop)
+    # All of the first round is given up before there is anybody to take it.
+    eventually(lambda: lost(agent.metrics()) == known.RECORDS, 30)
+    assert lost(agent.metrics(), "failed") == known.RECORDS
+    own.start()
+    known.traffic(world, host.shop)
+    eventually(lambda: arrived(own, "late") + lost(agent.metrics()) >= 2 * known.RECORDS, 30)
+    page = agent.metrics()
+    assert agent.stop() == 0
+    # Metrics are totals: what the Collector did not see of them, the next push told.
+    shop = [point for point in own.points("late") if point.resource["service.name"] == "shop"]
+    assert known.metrics(shop) == {word: 2 * number for word, number in known.METRICS.items()}
+    assert arrived(own, "late") + lost(page) == 2 * known.RECORDS
+    assert page.total("ebfw_export_items_total", ebfw_signal="traces") == len(own.spans("late"))
+    assert page.total("ebfw_export_items_total", ebfw_signal="logs") == len(own.logs("late"))
+
+
+def test_collector_restarts(host: Host, world: World, own: Collector) -> None:
+    own.start()
+    agent = host.start(**known.settings("restart"), **over(own, "grpc", "grpc")).ready()
+    rounds = 4
+    for number in range(rounds):
+        known.traffic(world, host.shop)
+        if number == 1:
+            own.stop()
+        if number == 2:
+            own.start()
+    eventually(lambda: arrived(own, "restart") + lost(agent.metrics()) >= rounds * known.RECORDS, 40)
+    page = agent.metrics()
+    # Within the exporter's patience of ten seconds the Collector was back: nothing is lost at all.
+    assert lost(page) == 0
+    assert agent.stop() == 0
+    assert known.spans(own.spans("restart")) == known.times(known.SPANS, rounds)
+    assert known.logs(own.logs("restart")) == known.times(known.LOGS, rounds)
+
+
+def test_collector_hangs(host: Host, world: World, own: Collector) -> None:
+    own.start()
+    small = {"OTEL_BSP_MAX_QUEUE_SIZE": "64", "OTEL_BLRP_MAX_QUEUE_SIZE": "64"}
+    agent = host.start(**known.settings("slow"), **over(own, "http", "http"), **IMPATIENT, **small).ready()
+    rounds = 4
+    with unharmed(world, host, agent):
+        own.pause()
+        for _ in range(rounds):
+            known.traffic(world, host.shop)
+        eventually(lambda: len(agent.lines) >= rounds * known.EVENTS)
+        eventually(lambda: lost(agent.metrics(), "queue_full"))
+        assert agent.metrics().total("ebfw_export_queue", ebfw_signal="traces") <= 64
+    own.go_on()
+    known.traffic(world, host.shop)
+    eventually(lambda: quiet(agent))
+    page = agent.metrics()
+    assert agent.stop() == 0
+    # What timed out may have been taken all the same: nothing is missing that is not counted.
+    told = (rounds + 1) * known.RECORDS + 4 * known.BEAT
+    assert told - arrived(own, "slow") <= lost(page)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "protocol"),
+    [
+        ("token", "grpc"),
+        ("token", "http"),
+        ("no token", "http"),
+        ("no certificate", "grpc"),
+        ("no certificate", "http"),
+        ("unknown authority", "http"),
+    ],
+)
+def test_collector_refuses(host: Host, world: World, collector: Collector, wrong: str, protocol: str) -> None:
+    """Somebody who may not send: nothing arrives, every record is counted, and no secret is in the log."""
+    c = collector.certificates
+    if wrong == "token":
+        variables = over(collector, protocol, f"token_{protocol}", headers="authorization=Bearer%20CanaryWrong8d2f")
+    elif wrong == "no token":
+        variables = over(collector, protocol, f"token_{protocol}")
+    elif wrong == "no certificate":
+        variables = over(
+            collector, protocol, f"remote_{protocol}", "https", certificate=str(c.ca), headers="authorization=x"
+        )
+    else:
+        variables = over(collector, protocol, f"tls_{protocol}", "https")
+    name = f"refused-{protocol}-{wrong.replace(' ', '-')}"
+    agent = host.start(**known.settings(name), **variables, **IMPATIENT).ready()
+    with unharmed(world, host, agent):
+        known.traffic(world, host.shop)
+        eventually(lambda: lost(agent.metrics(), "failed") >= known.RECORDS, 30)
+    eventually(lambda: quiet(agent))
+    assert lost(agent.metrics()) == lost(agent.metrics(), "failed") == known.RECORDS + 4 * known.BEAT
+    assert agent.metrics().total("ebfw_export_items_total") == 0
+    assert agent.stop() == 0
+    assert arrived(collector, name) == 0
+    assert not collector.points(name)
+    assert "CanaryWrong8d2f" not in agent.log
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_d19_what_a_partial_success_rejects_is_counted(host: Host, world: World, protocol: str) -> None:
+    """Partial success: the receiver took a request but for some items, and says how many. No Collector does that by
+    itself, so this receiver is ours."""
+    with Receiver() as receiver:
+        receiver.reject = 1
+        url = receiver.grpc if protocol == "grpc" else receiver.http
+        wire = "grpc" if protocol == "grpc" else "http/protobuf"
+        agent = host.start(
+            **known.settings("part"), OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_EXPORTER_OTLP_PROTOCOL=wire
+        ).ready()
+        known.traffic(world, host.shop)
+        eventually(lambda: len(list(receiver.spans())) + len(list(receiver.logs())) >= known.RECORDS)
+        eventually(lambda: quiet(agent))
+        requests = len(receiver.of("traces")) + len(receiver.of("logs"))
+        page = agent.metrics()
+        assert lost(page) == lost(page, "rejected") == requests
+        taken = sum(page.total("ebfw_export_items_total", ebfw_signal=signal_) for signal_ in ("traces", "logs"))
+        assert taken == known.RECORDS - requests
+        assert page.lost("export", "rejected_points") > 0
+        assert agent.stop() == 0
+    assert "refused by the test" in agent.log
+
+
+# Lookups of distinct names of 250 bytes, which is what makes a span, and a log record, large.
+_LONG = """
+import socket, sys
+for n in range(int(sys.argv[1])):
+    labels = [f"{n:06d}".ljust(61, "x")] + ["y" * 61] * 3
+    try:
+        socket.getaddrinfo(".".join(labels)[:243] + ".test", 80, socket.AF_INET, socket.SOCK_STREAM)
+    except OSError:
+        pass
+"""
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_d19_payloads_stay_below_what_a_collector_takes(
+    host: Host, world: World, collector: Collector, protocol: str
+) -> None:
+    """A gRPC server takes 4 MiB unless it is told otherwise, and refuses more with an error that no retry helps. Here
+    all of one batch would be more than that."""
+    count, run = 6007, f"large-{protocol}"
+    room = {}
+    for prefix in ("BSP", "BLRP"):
+        room |= {f"OTEL_{prefix}_MAX_QUEUE_SIZE": "20000", f"OTEL_{prefix}_MAX_EXPORT_BATCH_SIZE": "20000"}
+        room |= {f"OTEL_{prefix}_SCHEDULE_DELAY": "8000"}
+    agent = host.start(**{**known.settings(run), **room, **over(collector, protocol, protocol)}).ready()
+    world.python(host.shop, _LONG, str(count))
+    eventually(lambda: len(agent.lines) >= count)
+    eventually(lambda: arrived(collector, run) >= 2 * count, 40)
+    assert lost(agent.metrics()) == 0
+    assert agent.stop() == 0
+    assert len(collector.spans(run)) == len(collector.logs(run)) == count
+    assert max(len(span.attributes["dns.question.name"]) for span in collector.spans(run)) > 240
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_d19_retry_after_is_honoured(host: Host, world: World, protocol: str) -> None:
+    with Receiver() as receiver:
+        receiver.refuse, receiver.retry_after = 2, 3
+        url = receiver.grpc if protocol == "grpc" else receiver.http
+        wire = "grpc" if protocol == "grpc" else "http/protobuf"
+        agent = host.start(
+            **{**known.settings("retry"), "OTEL_METRICS_EXPORTER": "none"},
+            OTEL_EXPORTER_OTLP_ENDPOINT=url,
+            OTEL_EXPORTER_OTLP_PROTOCOL=wire,
+        ).ready()
+        known.traffic(world, host.shop)
+        eventually(lambda: receiver.refused == 2)
+        at = time.monotonic()
+        eventually(lambda: len(list(receiver.spans())) + len(list(receiver.logs())) >= known.RECORDS)
+        # Refused at about the same time, traces and logs; the wait began a moment before it was seen.
+        assert 2 < time.monotonic() - at < 5
+        assert lost(agent.metrics()) == 0
+        assert agent.stop() == 0
+        assert len(list(receiver.spans())) == known.SPANS.total()
+
+
+def test_collector_dies_for_good(host: Host, world: World, own: Collector) -> None:
+    own.start()
+    agent = host.start(**known.settings("dead"), **over(own, "grpc", "grpc"), **IMPATIENT).ready()
+    known.traffic(world, host.shop)
+    eventually(lambda: arrived(own, "dead") == known.RECORDS)
+    with unharmed(world, host, agent):
+        # What a Collector took and had not written when it was killed is nobody's to count.
+        eventually(lambda: arrived(own, "dead") == known.RECORDS + known.BEAT)
+        own.stop(signal.SIGKILL)
+        for _ in range(3):
+            known.traffic(world, host.shop)
+        eventually(lambda: lost(agent.metrics()) >= 3 * known.RECORDS, 40)
+    eventually(lambda: quiet(agent))
+    assert lost(agent.metrics()) == 3 * known.RECORDS + 3 * known.BEAT
+    at = time.monotonic()
+    assert agent.stop() == 0
+    assert time.monotonic() - at < 10
+
+
+def test_leaving_while_the_collector_hangs(host: Host, world: World, own: Collector) -> None:
+    """The end of the agent does not wait for a receiver that never answers."""
+    own.start()
+    agent = host.start(**known.settings("leave"), **over(own, "grpc", "grpc")).ready()
+    own.pause()
+    known.traffic(world, host.shop)
+    eventually(lambda: len(agent.lines) >= known.EVENTS)
+    at = time.monotonic()
+    assert agent.stop() == 0
+    assert time.monotonic() - at < 12

@@ -1,0 +1,3 @@
+module ebfw.test/goclient
+
+go 1.24
