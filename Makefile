@@ -59,6 +59,9 @@ fmt: install-test ## format, and fix what ruff can fix
 	@$(PYTHON) -m ruff check --fix-only .
 	@$(PYTHON) -m ruff format .
 
+docs: install-test ## write the tables of docs/ anew from the code
+	@$(PYTHON) -m scripts.reference
+
 install: ## only install: what demo and run need
 	@scripts/install run
 
@@ -76,4 +79,4 @@ help:
 		/^##@ / { printf "\n%s\n", substr($$0, 5) } \
 		/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-.PHONY: help demo run check detach test test-unit test-kernels bench lint fmt install install-test clean
+.PHONY: help demo run check detach test test-unit test-kernels bench lint fmt docs install install-test clean

@@ -19,7 +19,7 @@ from lab import LabError, net, sweep
 
 
 def _sections() -> dict[str, tuple[str, Callable[[bool], Iterator[Row]]]]:
-    from bench import datapath, live, memory, parsers, pipeline, process, start, tables
+    from bench import datapath, live, memory, parsers, pipeline, process, spans, start, tables
 
     return {
         "datapath": ("what a packet costs", datapath.rows),
@@ -29,7 +29,8 @@ def _sections() -> dict[str, tuple[str, Callable[[bool], Iterator[Row]]]]:
         "memory": ("what the agent's process uses: memory", memory.rows),
         "maps": ("what the maps take, and reading them", tables.rows),
         "start": ("from start to attached", start.rows),
-        "parsers": ("the parsers", parsers.rows),
+        "parsers": ("single steps in Python", parsers.rows),
+        "spans": ("what a span costs", spans.rows),
     }
 
 

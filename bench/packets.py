@@ -75,7 +75,16 @@ def client_hello(name: str, size: int = 1700) -> bytes:
     return b"\x16\x03\x01" + struct.pack(">H", len(handshake)) + handshake
 
 
+# What a TLS 1.3 server and the client answer: a ServerHello with supported_versions and a key share; a Finished.
+_SHARE = struct.pack(">HHHHH", 43, 2, 0x0304, 51, 36) + struct.pack(">HH", 0x001D, 32) + bytes(32)
+_BODY = b"\x03\x03" + bytes(32) + b"\x20" + bytes(32) + b"\x13\x01\0" + struct.pack(">H", len(_SHARE)) + _SHARE
+_SERVER_HELLO = b"\x16\x03\x03" + struct.pack(">HB", len(_BODY) + 4, 2) + len(_BODY).to_bytes(3, "big") + _BODY
+_SERVER_HELLO = _SERVER_HELLO.ljust(256, b"\x17")
+_FINISHED = (b"\x14\x03\x03\0\x01\x01" + b"\x17\x03\x03\0\x35").ljust(64, b"\x55")
+
 # --- records ------------------------------------------------------------------------------------------------------
+
+TALK = 7  # records of a talk
 
 
 class Talk:
@@ -109,7 +118,7 @@ class Talk:
             1,  # client
             0,
             more.get("outcome", 0),
-            0,
+            more.get("flags", 0),
             more.get("length", 0),
             more.get("duration", 0),
             more.get("tx", 0),
@@ -121,17 +130,30 @@ class Talk:
         )
 
     def records(self) -> list[bytes]:
-        """Query, answer, opened, hello, closed: what a connection to a name costs, in the sizes of bpf/records.h."""
+        """Query, answer, opened, hello, the server's answer to that, the handshake's end, closed: what a connection to
+        a name costs, in the sizes of bpf/records.h."""
         resolver = bytes(10) + b"\xff\xff" + ipaddress.IPv4Address("198.51.100.53").packed
         query = dns_query(self.name, self.number & 0xFFFF)
         answer = dns_answer(self.name, [self.address, self.second], self.number & 0xFFFF)
-        name = self.reversed_name()
+        hello = client_hello(self.name)
+        share = hello.index(b"\x11\xec\x04\xc0") - 2
+        hello = hello[: share + wire.KEY_SHARE_KEPT] + hello[share + 2 + 4 + 1216 + 4 + 32 :]
         return [
             self._record(wire.RECORD_DNS_QUERY, 17, resolver, 53, length=len(query)) + query.ljust(64, b"\0"),
             self._record(wire.RECORD_DNS_ANSWER, 17, resolver, 53, length=len(answer)) + answer.ljust(256, b"\0"),
             self._record(wire.RECORD_OPENED, 6, self.peer, 443, outcome=1, duration=800_000 + self.number),
-            self._record(wire.RECORD_HELLO, 6, self.peer, 443, name=self.name_id, length=len(name))
-            + name.ljust(64, b"\0"),
+            self._record(
+                wire.RECORD_HELLO,
+                6,
+                self.peer,
+                443,
+                name=self.name_id,
+                flags=wire.RECORD_CUT | wire.RECORD_HEAD_END,
+                length=len(hello),
+            )
+            + hello.ljust(1024, b"\0"),
+            self._record(wire.RECORD_SERVER_HELLO, 6, self.peer, 443, name=self.name_id, length=256) + _SERVER_HELLO,
+            self._record(wire.RECORD_HANDSHAKE_END, 6, self.peer, 443, name=self.name_id, length=64) + _FINISHED,
             self._record(
                 wire.RECORD_CLOSED,
                 6,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 from bench.feed import AgentMaps, Feed
-from bench.packets import Talk, talks
+from bench.packets import TALK, Talk, talks
 from bench.raw import Producer
 from bench.report import Row, progress, single
 from bench.world import REPOSITORY, Agent, cpus, pin_path, pinned_to
@@ -96,7 +96,7 @@ class Loaded:
         began = time.monotonic()
         put = 0
         while (now := time.monotonic() - began) < seconds:
-            due = int(now * rate) // 5 * 5 - put  # whole talks: five records each
+            due = int(now * rate) // TALK * TALK - put  # whole talks
             self._put(due)
             put += due
             time.sleep(_TICK)
@@ -111,8 +111,8 @@ class Loaded:
 
     def _put(self, records: int) -> None:
         self._producer.put(records)
-        self._feed.move(self._moved, records // 5)
-        self._moved += records // 5
+        self._feed.move(self._moved, records // TALK)
+        self._moved += records // TALK
 
     def check(self) -> None:
         """Raises LabError if the ring was full at times: then less was done than was asked for."""

@@ -26,6 +26,13 @@ INLINE void want_peer(struct socket *s, const u8 *peer, u16 port)
 	s->name = 0;
 }
 
+/* What datagrams to a new peer are looked at for. */
+INLINE void first_datagram(struct socket *s)
+{
+	s->stage = s->peer_port == 53 ? STAGE_DNS : STAGE_QUIC;
+	s->inspected = 0;
+}
+
 INLINE int want_connect(struct bpf_sock_addr *ctx, const u8 *peer)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -45,13 +52,14 @@ INLINE int want_connect(struct bpf_sock_addr *ctx, const u8 *peer)
 	s->role = ROLE_CLIENT;
 	s->flags = 0;
 	s->tx_bytes = s->rx_bytes = 0;
+	s->bare = 0;
 	s->retransmits = 0;
 	s->began_ns = bpf_ktime_get_ns();
 	if (transport == PROTO_TCP) {
 		s->flags = S_CONNECTING;
 		s->stage = s->peer_port == 53 ? STAGE_DNS : STAGE_FIRST;
 	} else {
-		s->stage = s->peer_port == 53 ? STAGE_DNS : STAGE_DONE;
+		first_datagram(s);
 	}
 	return 1;
 }
@@ -75,7 +83,7 @@ INLINE int want_send(struct bpf_sock_addr *ctx, const u8 *peer)
 	}
 	if (s->peer_port != port || !same16(s->peer, peer)) {
 		want_peer(s, peer, port);
-		s->stage = port == 53 ? STAGE_DNS : STAGE_DONE;
+		first_datagram(s);
 	}
 	s->flags |= sk->dst_port ? S_DETOUR : S_UNCONNECTED;
 	return 1;

@@ -66,6 +66,16 @@ int ebfw_ingress(struct __sk_buff *skb)
 	return packet_in(skb);
 }
 
+int ebfw_frames_out(struct __sk_buff *skb)
+{
+	return frames_packet(skb, OUT);
+}
+
+int ebfw_frames_in(struct __sk_buff *skb)
+{
+	return frames_packet(skb, IN);
+}
+
 int ebfw_release(struct bpf_sock *ctx)
 {
 	return released(ctx);
@@ -73,13 +83,25 @@ int ebfw_release(struct bpf_sock *ctx)
 
 int ebfw_ssl_write(struct registers *regs)
 {
-	tls_offers(ARGUMENT1(regs), ARGUMENT2(regs), ARGUMENT3(regs));
+	tls_offers(ARGUMENT1(regs), ARGUMENT2(regs), ARGUMENT3(regs), 0);
+	return 0;
+}
+
+int ebfw_ssl_write_ex(struct registers *regs)
+{
+	tls_offers(ARGUMENT1(regs), ARGUMENT2(regs), ARGUMENT3(regs), ARGUMENT4(regs));
 	return 0;
 }
 
 int ebfw_ssl_write_return(struct registers *regs)
 {
-	tls_write_returns(RESULT(regs));
+	tls_write_returns(regs, RESULT(regs));
+	return 0;
+}
+
+int ebfw_frames_tls(struct registers *regs)
+{
+	frames_tls(regs);
 	return 0;
 }
 
@@ -100,7 +122,7 @@ int ebfw_ssl_read_ex(struct registers *regs)
 
 int ebfw_ssl_read_return(struct registers *regs)
 {
-	tls_read_returns(bpf_get_current_pid_tgid(), RESULT(regs));
+	tls_read_returns(regs, bpf_get_current_pid_tgid(), RESULT(regs));
 	return 0;
 }
 
@@ -113,7 +135,7 @@ int ebfw_ssl_free(struct registers *regs)
 int ebfw_go_write(struct registers *regs)
 {
 	if (in_scope())
-		tls_sends(GO_ARGUMENT1(regs), GO_ARGUMENT2(regs), GO_ARGUMENT3(regs), bpf_ktime_get_ns());
+		tls_sends(regs, GO_ARGUMENT1(regs), GO_ARGUMENT2(regs), GO_ARGUMENT3(regs), bpf_ktime_get_ns());
 	return 0;
 }
 
@@ -127,7 +149,7 @@ int ebfw_go_read(struct registers *regs)
 
 int ebfw_go_read_return(struct registers *regs)
 {
-	tls_read_returns(goroutine(GOROUTINE(regs)), GO_ARGUMENT1(regs));
+	tls_read_returns(regs, goroutine(GOROUTINE(regs)), GO_ARGUMENT1(regs));
 	return 0;
 }
 

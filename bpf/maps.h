@@ -7,7 +7,7 @@
  * SETTINGS         0                 struct settings       agent, at start      kernel     -
  * SOCKETS          socket            struct socket         kernel               kernel     LOST_SOCKET
  * INSPECTIONS      socket            struct inspection     kernel               kernel     the flow stays unnamed
- * SCRATCH          index             struct inspection     kernel               kernel     LOST_SCRATCH
+ * SCRATCH          index             union scratch         kernel               kernel     LOST_SCRATCH
  * FREE_SCRATCH     -                 index                 agent; kernel        kernel     holds every index
  * FLOWS            struct flow_key   struct flow_row       kernel; agent folds  both       LOST_FLOW_TABLE
  * TRAFFIC          slot, stripe      struct traffic        kernel               agent      one entry a slot
@@ -25,6 +25,9 @@
  * TLS_STREAMS      struct tls_key    struct tls_stream     kernel               kernel     LRU: a request has no answer
  * TLS_CALLS        thread            struct tls_call       kernel               kernel     LRU: the same
  * EXECUTIONS       (ring buffer)     struct execution      kernel               agent      LOST_EXECUTION
+ * HTTP2            socket            struct http2          kernel               kernel     LOST_SOCKET
+ * TLS_HTTP2        struct tls_key    struct http2          kernel               kernel     LRU: the connection is met anew
+ * FRAMES_*         0                 program               agent, at start      kernel     -
  *
  * No counter lives in an LRU map: LRU evicts without a signal, and a total would fall.
  */

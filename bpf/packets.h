@@ -10,14 +10,11 @@
 #ifndef EBFW_PACKETS_H
 #define EBFW_PACKETS_H
 
-#include "tcp.h"
+#include "http2.h"
 #include "lib/head.h"
 
 #define SOCKET_RAW 3 /* SOCK_RAW */
 #define HEAD_LIMIT 8192
-
-#define OUT 1
-#define IN 0
 
 INLINE void count_packet(struct __sk_buff *skb, struct traffic *t, int out)
 {
@@ -112,37 +109,6 @@ INLINE struct socket *adopt(struct __sk_buff *skb, struct bpf_sock *sk, const st
 	return s;
 }
 
-INLINE void tell_hello(struct socket *s, struct inspection *in)
-{
-	struct {
-		struct record head;
-		u8 name[NAME_SIZE];
-	} *b;
-	struct {
-		struct record head;
-		u8 name[ROOM_SMALL];
-	} *small;
-	u64 now = bpf_ktime_get_ns();
-
-	if (in->name_length < ROOM_SMALL) {
-		small = (void *)reserve_record(sizeof(*small));
-		if (!small)
-			return;
-		fill_record(&small->head, s, RECORD_HELLO, now);
-		__builtin_memcpy(small->name, in->key.reversed, ROOM_SMALL);
-		small->head.length = in->name_length;
-		bpf_ringbuf_submit(small, wakeup());
-		return;
-	}
-	b = (void *)reserve_record(sizeof(*b));
-	if (!b)
-		return;
-	fill_record(&b->head, s, RECORD_HELLO, now);
-	__builtin_memcpy(b->name, in->key.reversed, NAME_SIZE);
-	b->head.length = in->name_length;
-	bpf_ringbuf_submit(b, wakeup());
-}
-
 /* The socket has shown a name: it counts in that name's slot from here on. */
 INLINE void named(struct socket *s, struct inspection *in, u64 evidence)
 {
@@ -162,8 +128,8 @@ INLINE void named(struct socket *s, struct inspection *in, u64 evidence)
 	s->stride = 0;
 }
 
-/* What do these first bytes begin: a ClientHello, an HTTP request, or nothing that we read? */
-INLINE u8 classify(struct __sk_buff *skb, const struct packet *p, u8 stage)
+/* What do these first bytes begin: a ClientHello, an HTTP request, or nothing that we read? `older`: than the agent. */
+INLINE u8 classify(struct __sk_buff *skb, const struct packet *p, u8 stage, int older)
 {
 	u32 word = 0;
 
@@ -172,6 +138,8 @@ INLINE u8 classify(struct __sk_buff *skb, const struct packet *p, u8 stage)
 			return STAGE_DONE;
 		if (is_method(word))
 			return STAGE_HEAD;
+		if (stage == STAGE_FIRST && word == FOUR('P', 'R', 'I', ' '))
+			return STAGE_HTTP2;
 	} else {
 		if (bpf_skb_load_bytes(skb, p->payload, &word, 1))
 			return STAGE_DONE;
@@ -180,25 +148,97 @@ INLINE u8 classify(struct __sk_buff *skb, const struct packet *p, u8 stage)
 	}
 	if (stage == STAGE_HTTP)
 		return STAGE_HTTP;
+	if (older && !(word & 0xff)) /* a frame of less than 64 KiB */
+		return STAGE_MIDWAY;
 	return (word & 0xff) == 0x16 ? STAGE_HELLO : STAGE_DONE;
 }
 
 /* Both return 1 when the name is read, or never will be. */
-INLINE int inspect_hello(struct __sk_buff *skb, struct socket *s, struct inspection *in)
+INLINE int inspect_hello(struct __sk_buff *skb, struct socket *s, struct inspection *in, struct parcel *parcel)
 {
 	hello_feed(in, skb);
+	parcel->kind = RECORD_HELLO;
+	parcel->offset = in->base;
+	parcel->length = in->length;
+	parcel->stream_offset = in->at;
 	if (in->status == READING)
 		return 0;
 	if (in->status == READ_NAME)
 		named(s, in, NAME_FROM_SNI);
-	if (in->status == READ_FAILED)
-		count_tally(LOST_HELLO);
-	else if (s->flags & S_EXCLUDED)
-		count_tally(FILTERED_TLS);
-	else
-		tell_hello(s, in);
 	s->stage = STAGE_DONE;
+	if (in->status == READ_FAILED || s->flags & S_EXCLUDED) {
+		count_tally(in->status == READ_FAILED ? LOST_HELLO : FILTERED_TLS);
+		parcel->flags = RECORD_ABANDONED;
+		if (!in->at) /* no piece of it was told */
+			parcel->length = 0;
+		return 1;
+	}
+	s->stage = STAGE_HANDSHAKE;
+	s->hello_start = in->start;
+	s->hello_end = in->start + in->end;
+	if (in->at + in->length < in->end)
+		return 1;
+	parcel->flags = RECORD_HEAD_END;
+	/* Most of a long hello is the key share: copying it would cost more than reading the name did. */
+	if (in->cut && !in->at && in->cut <= CUT_PART && in->length > in->cut_end && in->length - in->cut_end <= CUT_PART) {
+		parcel->cut = in->cut;
+		parcel->cut_end = in->cut_end;
+	}
 	return 1;
+}
+
+/*
+ * What the client sends once its ClientHello was read for a name: the rest of the hello; early data, or a second hello
+ * after a HelloRetryRequest, which are nothing to us; and, once the server has answered, the end of the handshake.
+ */
+INLINE void handshake_out(struct socket *s, const struct packet *p, struct parcel *parcel)
+{
+	u32 end = p->seq + p->length;
+
+	if ((s32)(end - s->inspected) <= 0) /* sent again */
+		return;
+	parcel->offset = p->payload;
+	if ((s32)(s->hello_end - s->inspected) > 0) {
+		parcel->kind = RECORD_HELLO;
+		parcel->length = p->length;
+		parcel->stream_offset = p->seq - s->hello_start;
+		if ((s32)(s->hello_end - end) <= 0)
+			parcel->flags = RECORD_HEAD_END;
+	} else if (s->stage == STAGE_ANSWERED) {
+		parcel->kind = RECORD_HANDSHAKE_END;
+		parcel->length = p->length < ROOM_SMALL ? p->length : ROOM_SMALL;
+		s->stage = STAGE_DONE;
+	}
+	s->inspected = end;
+}
+
+#define RETRY_RANDOM 0x74ad21cf /* how the random of a HelloRetryRequest begins (RFC 8446 section 4.1.3) */
+
+/* The server's first flight: what begins with a ServerHello or an alert. All else is its rest, out of order. */
+INLINE void handshake_in(struct __sk_buff *skb, struct socket *s, const struct packet *p, struct parcel *parcel)
+{
+	u8 start[8];
+	u32 random = 0;
+
+	if (p->length < 7 || bpf_skb_load_bytes(skb, p->payload, start, 7) || start[1] != 3)
+		return;
+	if (start[0] == 0x15 && start[5] == 2) { /* fatal */
+		s->stage = STAGE_DONE;
+	} else if (start[0] == 0x15) { /* a warning: the ServerHello is behind it */
+		if (p->length == 7)
+			return;
+		s->stage = STAGE_ANSWERED;
+	} else if (start[0] == 0x16 && start[5] == 2) {
+		if (bpf_skb_load_bytes(skb, p->payload + 11, &random, 4))
+			return;
+		if (random != RETRY_RANDOM) /* else the client starts again, and another first flight comes */
+			s->stage = STAGE_ANSWERED;
+	} else {
+		return;
+	}
+	parcel->kind = RECORD_SERVER_HELLO;
+	parcel->offset = p->payload;
+	parcel->length = p->length < ROOM_MEDIUM ? p->length : ROOM_MEDIUM;
 }
 
 INLINE int inspect_head(struct __sk_buff *skb, struct socket *s, struct inspection *in, struct parcel *parcel)
@@ -271,9 +311,11 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 		/* a request sent again is no second request */
 		if (s->flags & S_INSPECTED && (s32)(p->seq + p->length - s->inspected) <= 0)
 			return;
-		s->stage = s->upgraded ? STAGE_DONE : classify(skb, p, s->stage);
+		s->stage = s->upgraded ? STAGE_DONE : classify(skb, p, s->stage, !s->opened_ns);
 		if (s->stage == STAGE_DONE || s->stage == STAGE_HELLO)
 			s->flags &= ~S_HTTP; /* after an upgrade or a CONNECT */
+		if (s->stage == STAGE_HTTP2 || s->stage == STAGE_MIDWAY)
+			begin_http2(sk, s, p->seq, s->stage == STAGE_MIDWAY);
 		if (s->stage != STAGE_HELLO && s->stage != STAGE_HEAD)
 			return;
 		if (s->stage == STAGE_HEAD)
@@ -303,6 +345,8 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 	}
 	s->inspected = p->seq + p->length;
 	s->flags |= S_INSPECTED;
+	if (!(s->flags & S_CONNECTING)) /* a SYN has more options than what follows */
+		s->bare = skb->len - p->length;
 	/*
 	 * From here on the segment is described in map memory alone. In registers the verifier would go on with the
 	 * bounds of each of the dozens of paths that lead here, and verify the rest once for each.
@@ -311,7 +355,7 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 	in->length = p->length;
 	in->at = p->seq - in->start;
 	RELOAD();
-	done = s->stage == STAGE_HELLO ? inspect_hello(skb, s, in) : inspect_head(skb, s, in, parcel);
+	done = s->stage == STAGE_HELLO ? inspect_hello(skb, s, in, parcel) : inspect_head(skb, s, in, parcel);
 	if (done) {
 		bpf_sk_storage_delete(MAP(INSPECTIONS), sk);
 	} else {
@@ -345,6 +389,30 @@ INLINE int like_question(struct __sk_buff *skb, struct socket *s, const struct p
 	if (prefixed && !(start[2] & 0xf8) && !start[4] && start[5] == 1)
 		return 1;
 	return (start[0] << 8 | start[1]) + 2 <= p->length && !(start[4] & 0xf8) && !start[6] && start[7] == 1;
+}
+
+#define QUIC_SMALLEST 1200 /* RFC 9000 section 14.1: a client's datagram with an Initial packet has no fewer bytes */
+#define QUIC_DATAGRAMS 3   /* a post-quantum ClientHello needs two, and one may be sent again */
+
+/* The first datagrams to a peer: QUIC's Initial packets (RFC 9000 section 17.2.2, RFC 9369 section 3) are told. */
+INLINE void inspect_datagram(struct __sk_buff *skb, struct socket *s, const struct packet *p, struct parcel *parcel)
+{
+	u64 start = 0;
+	u32 version;
+
+	s->stage = STAGE_DONE;
+	if (s->flags & S_EXCLUDED || p->length < QUIC_SMALLEST || bpf_skb_load_bytes(skb, p->payload, &start, 8))
+		return;
+	version = start >> 8;
+	if (!((start & 0xf0) == 0xc0 && version == bpf_htonl(1)) &&
+	    !((start & 0xf0) == 0xd0 && version == bpf_htonl(0x6b3343cf)))
+		return;
+	parcel->kind = RECORD_QUIC_INITIAL;
+	parcel->offset = p->payload;
+	parcel->length = p->length;
+	s->inspected += 1;
+	if (s->inspected < QUIC_DATAGRAMS)
+		s->stage = STAGE_QUIC;
 }
 
 INLINE void tell_datagram(struct socket *s)
@@ -398,6 +466,14 @@ INLINE void set_local(struct socket *s, struct bpf_sock *sk)
 
 #define SYN_AT_MOST 120 /* IPv6 header and a full TCP header: a longer SYN carries data (TCP Fast Open) */
 
+/* Ends the program, unless the other one is missing. */
+INLINE void frames_out(struct __sk_buff *skb, struct socket *s)
+{
+	tail_call(skb, MAP(FRAMES_OUT), 0);
+	s->stage = STAGE_DONE;
+	s->flags &= ~S_HTTP2;
+}
+
 INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s)
 {
 	struct packet p = {};
@@ -437,8 +513,13 @@ INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct so
 		parcel.offset = p.payload;
 		parcel.length = p.length;
 		parcel.stream_offset = p.seq;
-	} else if (s->stage && p.length && p.transport == PROTO_TCP) {
-		inspect(skb, sk, s, &p, &parcel);
+	} else if (s->stage == STAGE_QUIC) {
+		inspect_datagram(skb, s, &p, &parcel);
+	} else if (s->stage && s->stage != STAGE_HTTP2 && p.length && p.transport == PROTO_TCP) {
+		if (s->stage == STAGE_HANDSHAKE || s->stage == STAGE_ANSWERED)
+			handshake_out(s, &p, &parcel);
+		else
+			inspect(skb, sk, s, &p, &parcel);
 		if ((s32)(p.seq + p.length - s->sent_to) > 0)
 			s->sent_to = p.seq + p.length;
 	}
@@ -451,6 +532,8 @@ INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct so
 		tell_datagram(s);
 	if (s->flags & S_DETOUR)
 		s->flags = (s->flags & ~S_DETOUR) | S_RETURN;
+	if (s->stage == STAGE_HTTP2)
+		frames_out(skb, s);
 	return 1;
 }
 
@@ -463,11 +546,21 @@ INLINE int packet_out(struct __sk_buff *skb)
 	if (!sk)
 		return 1;
 	s = known_socket(sk);
-	if (s && s->stage == STAGE_DONE && s->stride && !(s->flags & (S_DETOUR | S_RETURN))) {
+	if (s && (s->stage == STAGE_DONE || skb->len <= s->bare) && s->stride &&
+	    !(s->flags & (S_DETOUR | S_RETURN))) {
 		t = stripe(s->slot, s->generation, s->stride);
 		if (t) {
 			count_packet(skb, t, OUT);
 			s->tx_bytes += skb->len;
+			return 1;
+		}
+	}
+	if (s && s->stage == STAGE_HTTP2 && s->stride) {
+		t = stripe(s->slot, s->generation, s->stride);
+		if (t) {
+			count_packet(skb, t, OUT);
+			s->tx_bytes += skb->len;
+			frames_out(skb, s);
 			return 1;
 		}
 	}
@@ -604,6 +697,8 @@ INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct soc
 		parcel.stream_offset = p.seq;
 	} else if (s->flags & S_HTTP && p.length) {
 		inspect_answer(skb, s, &p, &parcel);
+	} else if (s->stage == STAGE_HANDSHAKE) {
+		handshake_in(skb, s, &p, &parcel);
 	}
 	ship(skb, s, &parcel);
 	if (s->flags & (S_UNCONNECTED | S_DETOUR | S_RETURN))
@@ -613,6 +708,8 @@ INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct soc
 	if (t)
 		count_packet(skb, t, IN);
 	ADD(s->rx_bytes, skb->len);
+	if (s->flags & S_HTTP2)
+		tail_call(skb, MAP(FRAMES_IN), 0);
 	return 1;
 }
 
@@ -625,12 +722,21 @@ INLINE int packet_in(struct __sk_buff *skb)
 	if (!sk)
 		return 1;
 	s = known_socket(sk);
-	if (s && s->stage != STAGE_DNS && s->stride &&
-	    !(s->flags & (S_CONNECTING | S_UNCONNECTED | S_DETOUR | S_RETURN | S_HTTP))) {
+	if (s && (s->stage < STAGE_DNS || skb->len <= s->bare) && s->stride &&
+	    !(s->flags & (S_CONNECTING | S_UNCONNECTED | S_DETOUR | S_RETURN | S_HTTP | S_HTTP2))) {
 		t = stripe(s->slot, s->generation, s->stride);
 		if (t) {
 			count_packet(skb, t, IN);
 			ADD(s->rx_bytes, skb->len);
+			return 1;
+		}
+	}
+	if (s && s->flags & S_HTTP2 && s->stride) {
+		t = stripe(s->slot, s->generation, s->stride);
+		if (t) {
+			count_packet(skb, t, IN);
+			ADD(s->rx_bytes, skb->len);
+			tail_call(skb, MAP(FRAMES_IN), 0);
 			return 1;
 		}
 	}

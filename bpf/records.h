@@ -81,7 +81,7 @@ INLINE struct record *reserve_record(u64 size)
 			return;                                                                                           \
 		}                                                                                                     \
 		b->head.length = take;                                                                                \
-		b->head.flags |= parcel->flags | (take < n ? RECORD_TRUNCATED : 0);                                           \
+		b->head.flags |= parcel->flags | (take < parcel->length ? RECORD_TRUNCATED : 0);                                           \
 		b->head.offset = parcel->stream_offset;                                                                       \
 		b->head.sequence = parcel->sequence;                                                                          \
 		b->head.tx_bytes = parcel->sent;                                                                              \
@@ -95,6 +95,8 @@ struct parcel {
 	u32 offset; /* in the packet */
 	u32 length; /* 0 = nothing to ship */
 	u32 stream_offset;
+	u32 cut; /* counted from `offset`: what is left out, up to cut_end; 0 = nothing */
+	u32 cut_end;
 	u32 sequence;
 	u32 sent;     /* of the request so far */
 	u32 received; /* in this packet */
@@ -103,12 +105,46 @@ struct parcel {
 	u16 pad;
 };
 
+#define CUT_PART 512
+
+/* A record with what lies before the cut and behind it, each of 1 to CUT_PART bytes. */
+INLINE void ship_cut(struct __sk_buff *skb, const struct socket *s, const struct parcel *parcel)
+{
+	struct {
+		struct record head;
+		u8 payload[2 * CUT_PART];
+	} *b = (void *)reserve_record(sizeof(*b));
+	u64 before = parcel->cut - 1, behind = parcel->length - parcel->cut_end - 1;
+
+	if (!b)
+		return;
+	BOUND(before, CUT_PART - 1);
+	before += 1;
+	BOUND(behind, CUT_PART - 1);
+	behind += 1;
+	fill_record(&b->head, s, parcel->kind, bpf_ktime_get_ns());
+	if (bpf_skb_load_bytes(skb, parcel->offset, b->payload, before) ||
+	    bpf_skb_load_bytes(skb, parcel->offset + parcel->cut_end, b->payload + before, behind)) {
+		bpf_ringbuf_discard(b, BPF_RB_NO_WAKEUP);
+		return;
+	}
+	b->head.length = before + behind;
+	b->head.flags |= parcel->flags | RECORD_CUT;
+	bpf_ringbuf_submit(b, wakeup());
+}
+
 INLINE void ship(struct __sk_buff *skb, const struct socket *s, const struct parcel *parcel)
 {
 	u64 now, n = parcel->length;
 
 	if (!n)
 		return;
+	if (parcel->cut) {
+		ship_cut(skb, s, parcel);
+		return;
+	}
+	if (n > ROOM_GIANT)
+		n = ROOM_GIANT;
 	now = bpf_ktime_get_ns();
 	if (n <= ROOM_SMALL)
 		SHIP(ROOM_SMALL);
@@ -116,7 +152,9 @@ INLINE void ship(struct __sk_buff *skb, const struct socket *s, const struct par
 		SHIP(ROOM_MEDIUM);
 	if (n <= ROOM_LARGE)
 		SHIP(ROOM_LARGE);
-	SHIP(ROOM_HUGE);
+	if (n <= ROOM_HUGE)
+		SHIP(ROOM_HUGE);
+	SHIP(ROOM_GIANT);
 }
 
 /* How much of a response has come, and when the last of it came. */

@@ -22,6 +22,7 @@
 #define S_DETOUR 512     /* UDP, connected: the next datagram has an address of its own */
 #define S_RETURN 1024    /* and after it the connected peer counts again */
 #define S_PROXIED 2048   /* behind a CONNECT */
+#define S_HTTP2 32768    /* HTTP/2: what comes in is read, too */
 #define S_INSPECTED 8192 /* socket.inspected is set */
 #define S_HTTP 16384     /* an HTTP/1 request left: responses are looked for */
 #define S_DESCRIBED 4096 /* scope and exclusion are decided for this peer */
@@ -33,7 +34,13 @@ enum stage {
 	STAGE_HELLO, /* the rest of a ClientHello */
 	STAGE_HEAD,  /* the rest of an HTTP request head */
 	STAGE_HTTP,  /* the next request on this connection */
-	STAGE_DNS,   /* port 53; over TCP as long as it looks like DNS */
+	STAGE_HTTP2, /* frames, for as long as the connection lives */
+	STAGE_MIDWAY, /* perhaps frames: the connection is older than the agent */
+	STAGE_ANSWERED, /* TLS: what the client says to the server's first flight, the end of the handshake */
+	STAGE_QUIC,     /* UDP: QUIC's Initial packets */
+	/* from here on what comes in is looked at, too */
+	STAGE_DNS,      /* port 53; over TCP as long as it looks like DNS */
+	STAGE_HANDSHAKE, /* TLS: the rest of the ClientHello, and the server's first flight */
 };
 
 INLINE struct socket *known_socket(void *sk)

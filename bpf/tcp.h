@@ -28,12 +28,17 @@ INLINE void tell_end(struct socket *s, u8 kind, u8 outcome, u64 since, u64 now, 
 
 	if (s->flags & S_EXCLUDED) {
 		count_tally(kind == RECORD_CLOSED ? FILTERED_CLOSE : FILTERED_CONNECT);
-		return;
+		/* Who speaks OTLP must be known, and Collectors mostly have addresses that are excluded: the agent learns
+		 * of the connection, and tells nobody. */
+		if (kind != RECORD_OPENED || (s->peer_port != 4317 && s->peer_port != 4318))
+			return;
 	}
 	r = reserve_record(sizeof(*r));
 	if (!r)
 		return;
 	fill_record(r, s, kind, now);
+	if (s->flags & S_EXCLUDED)
+		r->flags |= RECORD_EXCLUDED;
 	r->outcome = outcome;
 	r->duration_ns = since ? now - since : 0;
 	r->tx_bytes = s->tx_bytes;

@@ -2,14 +2,15 @@
 /*
  * What an application hands to its TLS library before it is encrypted, and what it gets back: uprobes on OpenSSL's
  * SSL_write, SSL_read, their _ex forms and SSL_free. Of what is written only the head of an HTTP request is taken,
- * of what is read the first bytes of its response; of the rest, how much there was and when. A server writes nothing
+ * of what is read the first bytes of its response; of the rest, how much there was and when. Of HTTP/2 the digest is
+ * taken, both ways (lib/frames.h). A server writes nothing
  * that looks like a request, and so is never reported. Scoped to the configured cgroup subtree here, in the kernel: a
  * probe is on the library's file, which every process on the host may share.
  */
 #ifndef EBFW_TLS_H
 #define EBFW_TLS_H
 
-#include "records.h"
+#include "http2.h"
 #include "lib/head.h"
 
 /* The layout of struct pt_regs (x86-64) and struct user_pt_regs (arm64) as uprobes see it: ABI, not a header. */
@@ -142,24 +143,118 @@ INLINE bool in_scope(void)
 	return bpf_current_task_under_cgroup(MAP(SCOPE), 0) == 1;
 }
 
-INLINE bool begins_request(u64 data, u64 n)
-{
-	u32 word = 0;
+enum beginning { BEGINS_NOTHING, BEGINS_REQUEST, BEGINS_HTTP2, CONTINUES_HTTP2 };
 
-	return n >= 16 && !bpf_probe_read_user(&word, sizeof(word), (void *)data) && is_method(word);
+/* What is sent here: a request, HTTP/2's preface, a HEADERS frame with a whole header block, or something else? */
+INLINE enum beginning beginning(u64 data, u64 n)
+{
+	u32 words[3] = {};
+	u8 *b = (u8 *)words;
+
+	if (n < 16 || bpf_probe_read_user(words, sizeof(words), (void *)data))
+		return BEGINS_NOTHING;
+	if (is_method(words[0]))
+		return BEGINS_REQUEST;
+	if (words[0] == FOUR('P', 'R', 'I', ' '))
+		return BEGINS_HTTP2;
+	if (!b[0] && b[1] <= 0x40 && b[3] == FRAME_HEADERS && b[4] & FRAME_END_HEADERS && !(b[4] & ~0x2d) &&
+	    !(b[5] & 0x80) && b[8] & 1)
+		return CONTINUES_HTTP2;
+	return BEGINS_NOTHING;
+}
+
+/* HTTP/2 of a connection whose preface is being sent or, `midway`, was sent before we looked. */
+INLINE struct http2 *new_tls_http2(u64 connection, int midway)
+{
+	struct tls_key key = tls_key_of(connection);
+	struct http2 fresh = {};
+
+	fresh.out.left = midway ? 0 : PREFACE_LENGTH;
+	fresh.out.state = midway ? WALK_MIDWAY : WALK_PREFACE;
+	fresh.in.state = midway ? WALK_MIDWAY : WALK_START;
+	bpf_map_update_elem(MAP(TLS_HTTP2), &key, &fresh, BPF_ANY);
+	return bpf_map_lookup_elem(MAP(TLS_HTTP2), &key);
+}
+
+#define WALKING (1ULL << 62)
+
+/* The n bytes at `data` were sent or received through a connection that speaks HTTP/2. Ends the program. */
+INLINE void tls_walk(void *ctx, u64 connection, u64 data, u64 n, u32 out)
+{
+	u64 thread = WALKING | bpf_get_current_pid_tgid();
+	struct tls_call call = {.connection = connection, .buffer = data, .count_at = n, .out = out};
+
+	bpf_map_update_elem(MAP(TLS_CALLS), &thread, &call, BPF_ANY);
+	tail_call(ctx, MAP(FRAMES_TLS), 0);
+	bpf_map_delete_elem(MAP(TLS_CALLS), &thread);
+}
+
+/* One run over what is left to walk in this thread; calls itself until nothing is. */
+INLINE void frames_tls(void *ctx)
+{
+	u64 thread = WALKING | bpf_get_current_pid_tgid();
+	struct tls_call *call = bpf_map_lookup_elem(MAP(TLS_CALLS), &thread);
+	struct tls_stream *stream;
+	struct tls_key key;
+	struct frames *f;
+	struct http2 *h;
+	struct walk *w;
+	int more = 0;
+	u32 index;
+
+	if (!call)
+		return;
+	key = tls_key_of(call->connection);
+	stream = bpf_map_lookup_elem(MAP(TLS_STREAMS), &key);
+	h = bpf_map_lookup_elem(MAP(TLS_HTTP2), &key);
+	if (!h)
+		h = new_tls_http2(call->connection, 1);
+	if (stream && h) {
+		f = call->out ? &h->out : &h->in;
+		w = borrow_walk(&index);
+		if (w) {
+			fill_tls(&w->head, stream, call->out ? RECORD_FRAMES_OUT : RECORD_FRAMES_IN, 0);
+			w->memory = call->buffer;
+			w->length = call->count_at;
+			w->position = 0;
+			RELOAD();
+			more = frames_run(f, w, 0, 1);
+			call->buffer += w->position;
+			call->count_at -= w->position;
+			bpf_map_push_elem(MAP(FREE_SCRATCH), &index, 0);
+		}
+		if (more)
+			tail_call(ctx, MAP(FRAMES_TLS), 0);
+		if (!w || more) /* no memory, or more frames in one piece than can be read */
+			frames_lost(f);
+	}
+	bpf_map_delete_elem(MAP(TLS_CALLS), &thread);
 }
 
 /* An application sends n bytes at `data` through a TLS connection; `now`: when it called its library. */
-INLINE void tls_sends(u64 connection, u64 data, u64 n, u64 now)
+INLINE void tls_sends(void *ctx, u64 connection, u64 data, u64 n, u64 now)
 {
 	struct tls_stream *stream;
+	enum beginning what;
 
 	if (!n || n > 0x7fffffff)
 		return;
 	stream = tls_stream_of(connection);
-	if (!begins_request(data, n)) {
-		if (stream)
+	if (stream && stream->http2) {
+		tls_walk(ctx, connection, data, n, OUT);
+		return;
+	}
+	what = beginning(data, n);
+	if (what != BEGINS_REQUEST) {
+		if (stream) {
 			stream->sent_bytes += n;
+		} else if (what) {
+			stream = new_tls_stream(connection);
+			if (!stream || !new_tls_http2(connection, what == CONTINUES_HTTP2))
+				return;
+			stream->http2 = 1;
+			tls_walk(ctx, connection, data, n, OUT);
+		}
 		return;
 	}
 	if (!stream)
@@ -178,19 +273,19 @@ INLINE void tls_sends(u64 connection, u64 data, u64 n, u64 now)
  * before the handshake is done (Node), fails and is made again with the same bytes.
  */
 #define WRITING (1ULL << 63)
-INLINE void tls_offers(u64 connection, u64 data, u64 n)
+INLINE void tls_offers(u64 connection, u64 data, u64 n, u64 sent_at)
 {
 	u64 thread = WRITING | bpf_get_current_pid_tgid();
-	struct tls_call call = {.connection = connection, .buffer = data, .count_at = n};
+	struct tls_call call = {.connection = connection, .buffer = data, .count_at = n, .sent_at = sent_at};
 
-	if (!n || !in_scope() || (!tls_stream_of(connection) && !begins_request(data, n)))
+	if (!n || !in_scope() || (!tls_stream_of(connection) && !beginning(data, n)))
 		return;
 	call.time_ns = bpf_ktime_get_ns();
 	bpf_map_update_elem(MAP(TLS_CALLS), &thread, &call, BPF_ANY);
 }
 
 /* `result`: how many bytes were taken or, of the _ex form, 1; nothing or an error below 1. */
-INLINE void tls_write_returns(u64 result)
+INLINE void tls_write_returns(void *ctx, u64 result)
 {
 	u64 thread = WRITING | bpf_get_current_pid_tgid(), n = (u32)result;
 	struct tls_call *found = bpf_map_lookup_elem(MAP(TLS_CALLS), &thread), call;
@@ -199,9 +294,9 @@ INLINE void tls_write_returns(u64 result)
 		return;
 	call = *found;
 	bpf_map_delete_elem(MAP(TLS_CALLS), &thread);
-	if (!n || n > 0x7fffffff)
+	if (!n || n > 0x7fffffff || (call.sent_at && bpf_probe_read_user(&n, sizeof(n), (void *)call.sent_at)))
 		return;
-	tls_sends(call.connection, call.buffer, n > 1 && n < call.count_at ? n : call.count_at, call.time_ns);
+	tls_sends(ctx, call.connection, call.buffer, n < call.count_at ? n : call.count_at, call.time_ns);
 }
 
 /* A goroutine among all threads: where it is described lies below 2^42, and numbers of processes below 2^22. */
@@ -220,7 +315,7 @@ INLINE void tls_asks(u64 thread, u64 connection, u64 buffer, u64 count_at)
 }
 
 /* It has got n bytes at `data`. */
-INLINE void tls_receives(u64 connection, u64 data, u64 n)
+INLINE void tls_receives(void *ctx, u64 connection, u64 data, u64 n)
 {
 	struct tls_stream *stream = tls_stream_of(connection);
 	struct received received;
@@ -229,6 +324,10 @@ INLINE void tls_receives(u64 connection, u64 data, u64 n)
 
 	if (!stream)
 		return;
+	if (stream->http2) {
+		tls_walk(ctx, connection, data, n, IN);
+		return;
+	}
 	if (stream->requests != stream->answers) {
 		stream->response_bytes = n;
 		ship_user(stream, RECORD_RESPONSE, data, n, ROOM_LARGE, bpf_ktime_get_ns());
@@ -252,7 +351,7 @@ INLINE void tls_receives(u64 connection, u64 data, u64 n)
 }
 
 /* A call to read returns `result`: how much was read or, where count_at is set, 1. */
-INLINE void tls_read_returns(u64 thread, u64 result)
+INLINE void tls_read_returns(void *ctx, u64 thread, u64 result)
 {
 	u64 n = result;
 	struct tls_call *found = bpf_map_lookup_elem(MAP(TLS_CALLS), &thread), call;
@@ -265,7 +364,7 @@ INLINE void tls_read_returns(u64 thread, u64 result)
 		return;
 	n = (u32)n;
 	if (n && n <= 0x7fffffff)
-		tls_receives(call.connection, call.buffer, n);
+		tls_receives(ctx, call.connection, call.buffer, n);
 }
 
 INLINE void tls_freed(u64 connection)
@@ -284,6 +383,7 @@ INLINE void tls_freed(u64 connection)
 		bpf_ringbuf_submit(r, wakeup());
 	}
 	bpf_map_delete_elem(MAP(TLS_STREAMS), &key);
+	bpf_map_delete_elem(MAP(TLS_HTTP2), &key);
 }
 
 #endif

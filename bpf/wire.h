@@ -34,6 +34,11 @@ enum map_id {
 	MAP_TLS_STREAMS,
 	MAP_TLS_CALLS,
 	MAP_EXECUTIONS,
+	MAP_HTTP2,
+	MAP_FRAMES_OUT,
+	MAP_FRAMES_IN,
+	MAP_FRAMES_TLS,
+	MAP_TLS_HTTP2,
 };
 
 enum role { ROLE_UNKNOWN, ROLE_CLIENT, ROLE_SERVER };
@@ -130,6 +135,7 @@ enum tally {
 	LOST_HELLO,         /* a ClientHello that could not be read to its end */
 	LOST_SCRATCH,       /* no room to read a name in: the flow stays unnamed */
 	LOST_EXECUTION,     /* no room to say that a program began: the next scan finds it */
+	LOST_FRAMES,        /* HTTP/2: where a frame begins is no longer known */
 	FILTERED_CONNECT,
 	FILTERED_CLOSE,
 	FILTERED_TLS,
@@ -143,12 +149,17 @@ enum record_kind {
 	RECORD_CLOSED,
 	RECORD_DNS_QUERY,  /* payload: the message; over TCP a piece of the stream, whose sequence number is `offset` */
 	RECORD_DNS_ANSWER, /* payload: likewise */
-	RECORD_HELLO,      /* payload: the reversed name */
+	RECORD_HELLO,      /* payload: a piece of a ClientHello, `offset` bytes into it */
 	RECORD_HEAD,       /* payload: a piece of an HTTP/1 request head, `offset` bytes into it */
 	RECORD_TLS_WRITE,  /* payload: what an application handed to its TLS library, if it looks like HTTP */
 	RECORD_RESPONSE,   /* payload: the first bytes of an answer to an HTTP/1 request; rx_bytes: how many came at once */
 	RECORD_RECEIVED,   /* rx_bytes: so much of the response has come, the last at time_ns */
 	RECORD_TLS_CLOSED, /* the application freed its TLS connection */
+	RECORD_SERVER_HELLO, /* payload: the first bytes of the server's answer to a ClientHello: a ServerHello or an alert */
+	RECORD_HANDSHAKE_END, /* payload: the first bytes of what the client says to that: its Finished, or an alert */
+	RECORD_QUIC_INITIAL,  /* payload: a datagram that begins with a QUIC Initial packet */
+	RECORD_FRAMES_OUT, /* payload: a piece of the digest of an HTTP/2 connection (lib/frames.h), sent */
+	RECORD_FRAMES_IN,  /* and received */
 };
 
 enum outcome {
@@ -164,8 +175,12 @@ enum outcome {
 
 #define RECORD_TRUNCATED 1 /* record.flags: the payload is shorter than what was seen */
 #define RECORD_PROXIED 2   /* record.flags: behind a CONNECT to an HTTP proxy */
-#define RECORD_HEAD_END 4  /* record.flags: the head ends in this piece */
+#define RECORD_HEAD_END 4  /* record.flags: the head, or the ClientHello, ends in this piece */
+#define RECORD_BROKEN 64     /* record.flags: bytes are missing between this piece of a digest and the one before */
 #define RECORD_LAST_CHUNK 8 /* record.flags: a chunked body seems to end here */
+#define RECORD_EXCLUDED 128 /* record.flags: matched `exclude`; told only because of its port, OTLP's */
+#define RECORD_CUT 32      /* record.flags: of the ClientHello's key share only KEY_SHARE_KEPT bytes are there */
+#define RECORD_ABANDONED 16 /* record.flags: nothing more comes of this ClientHello: unreadable, or excluded by its name */
 
 struct record {
 	__u64 time_ns; /* CLOCK_MONOTONIC, when the thing happened */
@@ -191,7 +206,7 @@ struct record {
 	__u32 retransmits;
 	__u32 rtt_us;
 	__u32 offset;
-	__u32 sequence; /* HTTP/1: the how-manieth request of its connection, from 1 */
+	__u32 sequence; /* HTTP/1: the how-manieth request of its connection, from 1; of a digest: see lib/frames.h */
 };
 
 /* What EXECUTIONS carries: a process of the watched subtree became another program. */
@@ -206,6 +221,7 @@ struct execution {
 #define ROOM_MEDIUM 256
 #define ROOM_LARGE 1024
 #define ROOM_HUGE 2048
+#define ROOM_GIANT 4096
 
 /* A socket's identity and progress: socket storage, gone with the socket. Not read by Python; its size is. */
 struct socket {
@@ -233,19 +249,26 @@ struct socket {
 	__u32 retransmits;
 	__u64 response_bytes; /* of the response that is coming in; the last of them */
 	__u64 response_ns;    /* came at this time */
-	__u32 inspected; /* TCP sequence number after the last payload that was looked at */
+	__u32 inspected; /* TCP sequence number after the last payload that was looked at; UDP: Initial packets told */
 	__u32 requests;  /* HTTP/1: begun on this connection, */
 	__u32 answers;   /* and of those, how many had their response begin */
 	__u32 request_start; /* TCP sequence numbers: where the last request began, */
 	__u32 sent_to;       /* what has left ends, */
-	__u32 answer_start;  /* the next response will begin, */
-	__u32 received_to;   /* what has come ends */
+	union {
+		__u32 answer_start; /* the next response will begin, */
+		__u32 hello_start;  /* TLS: the ClientHello begins, */
+	};
+	union {
+		__u32 received_to; /* what has come ends */
+		__u32 hello_end;   /* TLS: the ClientHello ends */
+	};
 	__u32 policy_generation; /* room for the verdict, its rule and the policy it was judged under */
 	__u16 rule;
 	__u8 verdict;
 	__u8 more;     /* written by ingress: more of a response came than was told */
 	__u8 upgraded; /* HTTP is over on this connection (101) */
-	__u8 pad[3];
+	__u8 bare; /* length of a packet without payload, once the first with one has left: whatever is no longer has none */
+	__u8 pad[2];
 };
 
 /* How far an HTTP/1 response has come, by the connection's cookie: for one that does not come in one piece. */
@@ -269,15 +292,18 @@ struct tls_stream {
 	__u32 requests;
 	__u32 answers;
 	__u32 more; /* response_bytes came since the last record told them */
-	__u32 pad;
+	__u32 http2;
 };
 
-/* A call that has not returned, by thread and direction, or by goroutine. */
+/* A call that has not returned, by thread and direction, or by goroutine; and what is left to walk of HTTP/2. */
 struct tls_call {
 	__u64 connection;
 	__u64 buffer;
 	__u64 count_at; /* read: where the library says how much it read; 0: it returns that. write: how many bytes */
 	__u64 time_ns;  /* write: when it was called */
+	__u64 sent_at;  /* write: where the library says how much of it was sent; 0: it returns that */
+	__u32 out;      /* walk: what was sent, not received */
+	__u32 pad;
 };
 
 /*
@@ -285,6 +311,7 @@ struct tls_call {
  * packets, where the stream comes in pieces.
  * `dots` stands right before `text`, so that a name read backwards from its end is followed by a dot and zeros.
  */
+#define KEY_SHARE_KEPT 128 /* of a post-quantum key share's 1,200 bytes and more: which groups it is of */
 #define PIECE 56
 #define CARRY 8
 struct inspection {
@@ -300,6 +327,8 @@ struct inspection {
 	__u32 end;         /* hello: where the extensions end; head: where the port begins in `text` */
 	__u32 name_length;
 	__u32 name_have;   /* bytes of the name in `text` */
+	__u32 cut;         /* hello: where what nobody reads of a long key share begins, */
+	__u32 cut_end;     /* and where it ends; 0: there is none */
 	__u32 fresh;       /* head: bytes of this piece */
 	__u8 item;         /* hello: enum hello_item */
 	__u8 carried;      /* hello: bytes of the item that earlier pieces brought */
@@ -309,6 +338,47 @@ struct inspection {
 	__u8 pad[3];
 	__u8 carry[16];    /* hello: the item being read */
 	__u8 piece[CARRY + PIECE + 80]; /* head: the last bytes of the piece before, then this piece, then zeros */
+};
+
+/* One direction of an HTTP/2 connection: in which frame its byte stream stands. */
+struct frames {
+	__u32 next;   /* TCP sequence number of the next byte, or bytes of plaintext so far */
+	__u32 left;   /* of the frame in progress: payload bytes still to come */
+	__u32 told;   /* bytes of the digest so far */
+	__u32 data;   /* DATA not told yet: its length without padding, */
+	__u32 stream; /* and its stream; 0 = none */
+	__u8 header[32]; /* ten are used; the verifier bounds offset and length apart */
+	__u8 have;    /* bytes of a frame header that earlier pieces brought */
+	__u8 keep;    /* the payload in progress is told */
+	__u8 state;   /* enum walking */
+	__u8 broken;  /* the digest does not continue what was told before */
+	__u8 misses;
+	__u8 pad[3];
+};
+
+struct http2 {
+	struct frames out;
+	struct frames in;
+};
+
+/* A piece of a byte stream being walked, in an entry of SCRATCH. */
+#define DIGEST_MOST 1024
+#define DIGEST_CHUNK 256
+struct walk {
+	__u64 memory;   /* the piece in user memory: its address */
+	__u32 base;     /* in a packet: the offset */
+	__u32 length;   /* of the piece */
+	__u32 position; /* how much of it was walked */
+	__u32 used;     /* bytes in `bytes` */
+	__u32 failed;
+	__u32 pad;
+	struct record head;
+	__u8 bytes[DIGEST_MOST + DIGEST_CHUNK];
+};
+
+union scratch {
+	struct inspection inspection;
+	struct walk walk;
 };
 
 #endif

@@ -21,11 +21,13 @@ from exporter.decode import address, decode, transport
 from exporter.emit import prometheus
 from exporter.emit.console import Console
 from exporter.emit.hygiene import Hygiene
+from exporter.emit.instrumented import Instrumented, own_cgroup
 from exporter.emit.metrics import Metrics
 from exporter.emit.otlp import Otlp
 from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
 from exporter.emit.routes import Routes
+from exporter.emit.setup import Setups
 from exporter.enrich import ContainerNames, HiddenNames, Names, PeerGroups, Workloads, find_root, root_problem
 from exporter.errors import SettingsError
 from exporter.events import TLS, Counts, Event, Flow
@@ -43,7 +45,9 @@ TICK = 0.2  # the ring is drained so often; nobody wakes us but a ring that fill
 FOLD_SECONDS = 5.0  # counters are read at least so often, and whenever somebody asks for metrics
 REFRESH_SECONDS = 1.0  # who asks waits no longer than this
 HOUSEKEEPING_SECONDS = 5.0
+CLOCK_SECONDS = 1.0  # the wall clock is set while we run
 BATCH = 256  # records in one step of the pipeline,
+NEW_PROCESSES = 64  # whose environment is looked at in one tick
 RECORDS = 100_000  # and until the pipeline looks at anything else
 IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slot back
 
@@ -126,6 +130,9 @@ class Pipeline:
         self.hygiene = Hygiene(metrics)
         self.redaction = Options.of(settings)
         self.console = Console(sys.stdout, settings.output, settings.colour, settings.node_name)
+        self.instrumented = Instrumented(settings.instrumented)
+        self.own_cgroup = own_cgroup(root)
+        metrics.instrumented = self.instrumented.metrics
         self.otlp = Otlp(
             settings.otel,
             resources,
@@ -134,6 +141,10 @@ class Pipeline:
             spans_per_second=settings.spans_per_second,
             logs=settings.logs,
             inventory=self.inventory is not None,
+            setups=Setups(settings.connection_spans, settings.slow_connection_ms * 1_000_000),
+            instrumented=self.instrumented,
+            headers=settings.allowed_headers,
+            template=None if metrics.routes is None else metrics.routes.of,
         )
         self.tls = self._tls_processes(settings, root)
         self.alive = {workload.cgroup_id: workload for workload in self.workloads.live()}
@@ -143,7 +154,9 @@ class Pipeline:
         self.watching = True
         self.met: set[int] = set()  # processes of the events since the last tick
         self.hellos: list[int] = []  # and those of the TLS connections among them
-        self.next_fold = self.next_housekeeping = 0.0
+        self.filtered: dict[str, int] = {}  # what the kernel did not tell, by kind
+        self.looked_at: set[int] = set()  # for what they say of their workload
+        self.next_fold = self.next_housekeeping = self.next_clock = 0.0
         metrics.gauge("ebfw.build.info", 1, version=__version__, kernel=platform.release())
 
     # --- the pipeline ---------------------------------------------------------------------------------------------
@@ -165,7 +178,7 @@ class Pipeline:
     def tell(self, events: list[Event]) -> None:
         """Events to every way out, their secrets hidden."""
         write, emit, options = self.console.write, self.otlp.emit, self.redaction
-        events = self.hygiene.observe(events)
+        events = self.instrumented.take(self.hygiene.observe(events))
         groups = self.groups
         if groups is None:
             self.metrics.observe_all(events)
@@ -201,6 +214,9 @@ class Pipeline:
             self.drain()
             self._tell_of_processes()
             now = time.monotonic()
+            if now >= self.next_clock:
+                self.next_clock = now + CLOCK_SECONDS
+                self.clock.set()
             if now >= self.next_fold or self.refresh_wanted.is_set():
                 self.refresh_wanted.clear()
                 self.next_fold = now + FOLD_SECONDS
@@ -227,7 +243,10 @@ class Pipeline:
         now, groups, inventory = time.monotonic(), self.groups, self.inventory
         first = self.kernel.flow_table.first_read
         for row in self.kernel.flow_table.read(now, self.clock.started):
+            if row.key.cgroup == self.own_cgroup:
+                continue
             flow, delta, since = self.flow(row.key), Counts._make(row.delta), self.clock.wall(row.since_ns)
+            self.instrumented.flow(flow)
             self.hygiene.add(flow, delta)
             if inventory is not None:
                 inventory.add(flow, delta, since, first)
@@ -237,10 +256,13 @@ class Pipeline:
                 self.metrics.count("ebfw.tls.connections", connections, coverage=coverage)
         for (stage, cause), total in self.kernel.tallies().items():
             if stage == "filtered":
-                self.metrics.set_total("ebfw.filtered", total, kind=cause)
+                # Some are filtered here, by name, and counted as they are: these come on top.
+                self.metrics.count("ebfw.filtered", total - self.filtered.get(cause, 0), kind=cause)
+                self.filtered[cause] = total
             else:
                 losses.raise_to(stage, cause, total)  # type: ignore[arg-type]  # stages of wire.TALLIES
         self.hygiene.publish()
+        self.metrics.active_requests(self.join.open_requests())
 
     def flow(self, key: maps.FlowKey) -> Flow:
         """A kernel row in words."""
@@ -267,7 +289,6 @@ class Pipeline:
 
     def keep_house(self, now: float) -> None:
         """What is over is forgotten; what is new is found; the agent's own numbers."""
-        self.clock.set()
         self._look_after_cgroup()
         self.names.expire(time.monotonic_ns())
         table = self.kernel.flow_table
@@ -278,6 +299,7 @@ class Pipeline:
             self.metrics.end(self.alive[cgroup_id])
         self.alive = alive
         self.metrics.expire()
+        self.looked_at.clear()
         if self.groups is not None:
             self.groups.poll()
         if self.inventory is not None:
@@ -289,7 +311,7 @@ class Pipeline:
         for name, used, size in (
             ("flows", len(table), table.flows),
             ("names", len(self.names), 65_536),
-            ("joins", len(self.join), 9216),
+            ("joins", len(self.join), self.join.room),
             ("cgroups", len(self.workloads), 16_384),
             ("inventory", len(self.inventory or ()), 10_000),
             ("ring", int(self.kernel.ring.fill() * self.kernel.ring_bytes), self.kernel.ring_bytes),
@@ -304,10 +326,14 @@ class Pipeline:
         return TlsProcesses(programs, self.kernel.executions, cgroup, everywhere=cgroup == root)
 
     def _tell_of_processes(self) -> None:
-        """Who was met, and whose TLS connections began: the TLS library of one may have no probe yet."""
+        """Who was met, and whose TLS connections began: the TLS library of one may have no probe yet, and it may say
+        what its workload is called. Of the latter a few at a time: a storm of short ones must not hold up the ring."""
         met, hellos = self.met, self.hellos
         self.met, self.hellos = set(), []
         met.discard(0)
+        for pid in list(met - self.looked_at)[:NEW_PROCESSES]:
+            self.looked_at.add(pid)
+            self.workloads.look_at(pid)
         if self.tls is not None:
             self.tls.tell(met, hellos)
 
@@ -342,8 +368,13 @@ class Clock:
         self.set()
 
     def set(self) -> None:
-        """Read the offset again."""
-        self._offset = time.time_ns() - time.monotonic_ns()
+        """Read the offset again. Of a few readings the one that took least: between the two clocks we may have had to
+        wait for the CPU."""
+        readings = []
+        for _ in range(3):
+            before, wall, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+            readings.append((after - before, wall - (before + after) // 2))
+        self._offset = min(readings)[1]
 
     def wall(self, monotonic: int) -> int:
         """Nanoseconds since the epoch."""
@@ -412,7 +443,7 @@ def check(settings: Settings) -> int:
     """Say what this host allows, and the size of every map; 0 if the agent can run."""
     root = find_root()
     scope_of(settings, root)
-    return preflight.report(
+    status = preflight.report(
         settings.cgroup,
         root,
         root_problem(root),
@@ -421,3 +452,18 @@ def check(settings: Settings) -> int:
         settings.ring_bytes,
         sys.stdout,
     )
+    _report_series(settings)
+    return status
+
+
+def _report_series(settings: Settings) -> None:
+    """What the agent that runs now, if one does, keeps for Prometheus."""
+    found = prometheus.series_of(*settings.metrics_addr) if settings.metrics_addr and settings.metrics_addr[1] else None
+    if found is None:
+        return
+    print(
+        f"\nseries: {sum(found.values()):,} instruments of workloads; a histogram counts once, its buckets come on top"
+    )
+    for name, count in sorted(found.items(), key=lambda pair: -pair[1]):
+        if count:
+            print(f"  {name:<40} {count:>7,}")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from exporter.health import losses
 from exporter.kernel import wire
 
-OPENED, FAILED, CLOSED, QUERY, ANSWER, HELLO, HEAD, TLS_WRITE = (
+OPENED, FAILED, CLOSED, QUERY, ANSWER, HELLO, HEAD, TLS_WRITE, SERVER_HELLO, HANDSHAKE_END, QUIC_INITIAL = (
     wire.RECORD_OPENED,
     wire.RECORD_FAILED,
     wire.RECORD_CLOSED,
@@ -21,16 +21,24 @@ OPENED, FAILED, CLOSED, QUERY, ANSWER, HELLO, HEAD, TLS_WRITE = (
     wire.RECORD_HELLO,
     wire.RECORD_HEAD,
     wire.RECORD_TLS_WRITE,
+    wire.RECORD_SERVER_HELLO,
+    wire.RECORD_HANDSHAKE_END,
+    wire.RECORD_QUIC_INITIAL,
 )
 # Kinds of our own: QUERY and ANSWER over TCP.
 QUERY_PIECE, ANSWER_PIECE = QUERY | 0x100, ANSWER | 0x100
-RESPONSE, RECEIVED, TLS_CLOSED = wire.RECORD_RESPONSE, wire.RECORD_RECEIVED, wire.RECORD_TLS_CLOSED
-TRUNCATED, PROXIED, HEAD_END, LAST_CHUNK = (
+TRUNCATED, PROXIED, HEAD_END, ABANDONED, BROKEN = (
     wire.RECORD_TRUNCATED,
     wire.RECORD_PROXIED,
     wire.RECORD_HEAD_END,
-    wire.RECORD_LAST_CHUNK,
+    wire.RECORD_ABANDONED,
+    wire.RECORD_BROKEN,
 )
+EXCLUDED = wire.RECORD_EXCLUDED
+RESPONSE, RECEIVED, TLS_CLOSED = wire.RECORD_RESPONSE, wire.RECORD_RECEIVED, wire.RECORD_TLS_CLOSED
+FRAMES_OUT, FRAMES_IN = wire.RECORD_FRAMES_OUT, wire.RECORD_FRAMES_IN
+LAST_CHUNK = wire.RECORD_LAST_CHUNK
+CUT, KEY_SHARE_KEPT = wire.RECORD_CUT, wire.KEY_SHARE_KEPT
 
 _CACHED = 2048
 
@@ -60,7 +68,7 @@ class Sighting(NamedTuple):
     retransmits: int
     rtt_us: int
     offset: int
-    sequence: int  # HTTP/1: the how-manieth request of its connection, from 1
+    sequence: int  # HTTP/1: the how-manieth request of its connection, from 1; of a digest: see bpf/lib/frames.h
     payload: bytes
 
 
@@ -83,6 +91,15 @@ class Piece(NamedTuple):
     cut: bool
     payload: bytes
     head: bytes  # the record's fixed part
+
+
+class Step(NamedTuple):
+    """What goes on in a handshake whose beginning says who and where."""
+
+    kind: int  # SERVER_HELLO | HANDSHAKE_END
+    time: int
+    cookie: int
+    payload: bytes
 
 
 _addresses: dict[bytes, str] = {}
@@ -122,15 +139,18 @@ def _comm(raw: bytes) -> str:
     return text
 
 
-def decode(data: bytes) -> Sighting | Message | Piece | None:
+def decode(data: bytes) -> Sighting | Message | Piece | Step | None:
     """Read one record. What is too short or of no known kind is counted and None."""
     if len(data) < _size:
         losses.add("decode", "short")
         return None
     kind = data[_KIND]
-    if kind not in (QUERY, ANSWER):
-        return whole(data)
-    return _message(data, kind) if data[_TRANSPORT] != _TCP else _piece(data, kind)
+    if kind in (QUERY, ANSWER):
+        return _message(data, kind) if data[_TRANSPORT] != _TCP else _piece(data, kind)
+    if kind in (SERVER_HELLO, HANDSHAKE_END):
+        time, cookie = _TIME_AND_COOKIE(data)
+        return _new(Step, (kind, time, cookie, payload(data)))
+    return whole(data)
 
 
 # Half of all records are DNS messages where names are asked for often, and of a query and its answer one is read.

@@ -54,6 +54,7 @@ class Workload(NamedTuple):
     namespace: str = ""
     container_name: str = ""
     image: str = ""  # of the container, as its engine names it
+    given: tuple[tuple[str, str], ...] = ()  # resource attributes that the workload was started with (OTEL_*)
 
 
 class Exchange(NamedTuple):
@@ -70,6 +71,8 @@ class Exchange(NamedTuple):
     traceparent: str = ""  # as the application sent it; "" unless valid (W3C Trace Context)
     sequence: int = 0  # the how-manieth request of its connection, from 1; 0 = not known
     partial: str = ""  # midway | lost: the connection is older than the agent, or a part of it was not seen
+    tracestate: str = ""  # as the application sent it beside a valid traceparent
+    server_port: int = 0  # of the server that was asked, where a proxy stands between; 0 = the peer's
 
 
 class Tls(NamedTuple):

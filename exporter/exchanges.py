@@ -31,7 +31,7 @@ QUIET_SECONDS = 5  # a response whose end nothing tells is over when nothing has
 PIPELINED = 64  # requests on one connection that wait
 
 # What a failed connection is called in error.type.
-_ERRORS = {"reset": "connection_reset", "timed_out": "timed_out", "ok": "connection_closed"}
+ERRORS = {"reset": "connection_reset", "timed_out": "timed_out", "ok": "connection_closed"}
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -220,7 +220,7 @@ class Exchanges:
         if (head := self._heads.pop(s.cookie, None)) is not None and parse_request(head.data):
             losses.add("join", "head_unfinished")  # it waited for its end, and has none
         if s.cookie in self._open:
-            self._give_up(s.cookie, _ERRORS.get(s.outcome, "connection_closed"), "", s.time)
+            self._give_up(s.cookie, ERRORS.get(s.outcome, "connection_closed"), "", s.time)
 
     def _give_up(self, cookie: int, error: str, partial: str, now: int = 0) -> None:
         for one in list(self._open.get(cookie, ())):
@@ -239,15 +239,20 @@ class Exchanges:
         first, request, response = one.first, one.request, one.response
         scheme = "https" if one.kind == events.HTTPS else "http"
         sent = _body_sent(request, one)
+        parent = _traceparent(request)
+        state = _header(request, "tracestate") if parent else ""
+        port = request.port or 0
         if response is None:
             exchange = Exchange(
                 request.version or "1.1",
                 scheme,
                 error=error,
                 request_size=sent,
-                traceparent=_traceparent(request),
+                traceparent=parent,
                 sequence=first.sequence,
                 partial=partial,
+                tracestate=state,
+                server_port=port,
             )
             duration = None if partial else one.last - first.time
         else:
@@ -261,9 +266,11 @@ class Exchanges:
                 sent,
                 body,
                 response.grpc_status,
-                _traceparent(request),
+                parent,
                 first.sequence,
                 partial,
+                state,
+                port,
             )
             duration = one.last - first.time
         self.ended.append(Ended(one.kind, first, request, exchange, duration))
@@ -333,5 +340,15 @@ def _traceparent(request: Request) -> str:
     """W3C Trace Context, section 3.2; "" where there is none that is valid."""
     for name, value in request.headers:
         if len(name) == 11 and name.lower() == "traceparent":
-            return value[:55] if _TRACEPARENT.match(value) and (len(value) == 55 or value[:2] != "00") else ""
+            return valid_traceparent(value)
     return ""
+
+
+def valid_traceparent(value: str) -> str:
+    """The part that version 00 knows; "" where it is not valid."""
+    return value[:55] if _TRACEPARENT.match(value) and (len(value) == 55 or value[:2] != "00") else ""
+
+
+def _header(request: Request, wanted: str) -> str:
+    """The values of a list header, joined (RFC 9110 section 5.3)."""
+    return ",".join([value for name, value in request.headers if len(name) == len(wanted) and name.lower() == wanted])

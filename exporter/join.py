@@ -7,15 +7,19 @@ clock is passed in. Not its job: hiding secrets (redact), counting packets (the 
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from exporter import decode, events
-from exporter.decode import Message, Piece, Sighting
-from exporter.events import Event, Exchange, Workload
-from exporter.exchanges import Ended, Exchanges
+from exporter.decode import Message, Piece, Sighting, Step
+from exporter.events import Event, Exchange, Tls, Workload
+from exporter.exchanges import ERRORS, HEADS, OPEN, Ended, Exchanges, valid_traceparent
+from exporter.handshakes import HANDSHAKES, QUIC_HANDSHAKES, Handshake, Handshakes
 from exporter.health import losses
-from exporter.lookups import Lookups
+from exporter.http2 import UNFINISHED, Finished, Http2
+from exporter.lookups import HELD, QUERIES, STREAMS, Lookups
+from exporter.parse import split_authority
 
 SECOND = 1_000_000_000
 
@@ -47,6 +51,10 @@ class Join:
         self._hidden, self._to_wall = hidden, to_wall
         self._lookups = Lookups(who, learn, hidden, to_wall)
         self._exchanges = Exchanges(received)
+        self._handshakes = Handshakes()
+        self._ended: deque[Event] = deque()  # by what ended something else
+        self._http2: Http2[Sighting] = Http2()
+        self._finished: list[Finished[Sighting]] = []
         self._read: dict[int, Callable[[Any], Event | None]] = {
             decode.OPENED: self._connection,
             decode.FAILED: self._connection,
@@ -60,13 +68,20 @@ class Join:
             decode.TLS_WRITE: self._exchanges.tls_head,
             decode.RESPONSE: self._exchanges.response,
             decode.RECEIVED: self._exchanges.received,
-            decode.TLS_CLOSED: self._exchanges.closed,
+            decode.TLS_CLOSED: self._closed,
+            decode.SERVER_HELLO: self._server_hello,
+            decode.HANDSHAKE_END: self._handshake_end,
+            decode.QUIC_INITIAL: self._quic_initial,
+            decode.FRAMES_OUT: self._frames,
+            decode.FRAMES_IN: self._frames,
         }
 
-    def __len__(self) -> int:
-        return len(self._lookups) + len(self._exchanges)
+    room = QUERIES + HELD + STREAMS + HEADS + OPEN + HANDSHAKES + QUIC_HANDSHAKES
 
-    def add(self, sighting: Sighting | Message | Piece) -> Event | None:
+    def __len__(self) -> int:
+        return len(self._lookups) + len(self._exchanges) + len(self._handshakes) + len(self._http2)
+
+    def add(self, sighting: Sighting | Message | Piece | Step) -> Event | None:
         """The event that this sighting completes, if it does."""
         read = self._read.get(sighting.kind)
         if read is None:
@@ -103,7 +118,7 @@ class Join:
             peer,
             port,
             outcome,
-            _,
+            flags,
             lasted,
             tx_bytes,
             rx_bytes,
@@ -117,7 +132,9 @@ class Join:
         who = self._who(cgroup)
         domain, source = self.name(who, identity, peer, time)
         if closed:
-            self._exchanges.closed(s)
+            self._closed(s)
+            if (handshake := self._handshakes.closed(s)) is not None:
+                self._ended.append(self._tls(handshake))
         return _new(
             Event,
             (
@@ -148,7 +165,7 @@ class Join:
                 (),
                 "",
                 cookie,
-                source != events.ADDRESS and self._hidden(domain),
+                flags & decode.EXCLUDED != 0 or (source != events.ADDRESS and self._hidden(domain)),
                 None,
                 None,
                 False,
@@ -173,6 +190,7 @@ class Join:
         headers: tuple[tuple[str, str], ...] = (),
         proxy: str = "",
         exchange: Exchange | None = None,
+        tls: Tls | None = None,
     ) -> Event:
         return _new(
             Event,
@@ -206,7 +224,7 @@ class Join:
                 s.cookie,
                 source != events.ADDRESS and self._hidden(domain),
                 exchange,
-                None,
+                tls,
                 False,
                 "",
                 False,
@@ -215,11 +233,30 @@ class Join:
 
     # --- names and requests ---------------------------------------------------------------------------------------
 
-    def _hello(self, s: Sighting) -> Event:
-        name = s.payload[::-1].decode("ascii", "backslashreplace").rstrip(".").lower()
+    def _hello(self, s: Sighting) -> Event | None:
+        handshake = self._handshakes.hello(s)
+        return self._tls(handshake) if handshake is not None else None
+
+    def _server_hello(self, s: Step) -> Event | None:
+        handshake = self._handshakes.answer(s)
+        return self._tls(handshake) if handshake is not None else None
+
+    def _handshake_end(self, s: Step) -> Event | None:
+        handshake = self._handshakes.end(s)
+        return self._tls(handshake) if handshake is not None else None
+
+    def _quic_initial(self, s: Sighting) -> Event | None:
+        handshake = self._handshakes.initial(s)
+        return self._tls(handshake) if handshake is not None else None
+
+    def _tls(self, handshake: Handshake) -> Event:
+        s, identity, name, whole, status, duration, told = handshake
         who = self._who(s.cgroup)
-        name, source = (name, events.SNI) if name else self.name(who, 0, s.peer, s.time)
-        return self._event(events.TLS, s, who, name, source, proxy=self._proxy(s))
+        if name:
+            source = events.SNI
+        else:  # a hello without a name; or one of which a part is missing, and the kernel has read the name in it
+            name, source = self.name(who, 0 if whole else identity, s.peer, s.time)
+        return self._event(events.TLS, s, who, name, source, status, duration, proxy=self._proxy(s), tls=told)
 
     def _proxy(self, s: Sighting) -> str:
         return f"{s.peer}:{s.port}" if s.flags & decode.PROXIED else ""
@@ -245,6 +282,63 @@ class Join:
             exchange=exchange,
         )
 
+    def open_requests(self) -> Iterator[tuple[Workload, str, str, int]]:
+        """Requests without the end of their response: (workload, method, scheme, how many)."""
+        counts = Counter(
+            (s.cgroup, request.method, kind) for kind, s, request in self._exchanges.open() if s.role != events.SERVER
+        )
+        for (cgroup, method, kind), count in counts.items():
+            yield self._who(cgroup), method, kind, count  # the kinds are called like the schemes
+
+    def _closed(self, s: Sighting) -> None:
+        self._exchanges.closed(s)
+        self._finished += self._http2.closed(s.cookie, s.time, ERRORS.get(s.outcome, "connection_closed"))
+
+    def _frames(self, s: Sighting) -> None:
+        self._finished += self._http2.add(
+            s.cookie,
+            s.kind == decode.FRAMES_OUT,
+            s.offset,
+            s.sequence,
+            bool(s.flags & decode.BROKEN),
+            s.payload,
+            s.time,
+            s,
+        )
+
+    def _http2_exchange(self, done: Finished[Sighting]) -> Event:
+        s = done.context
+        who = self._who(s.cgroup)
+        inside = s.cookie >> 63  # what TLS libraries were handed: no socket has such a number
+        domain, source = split_authority(done.authority)[0], events.HOST
+        if not domain:
+            domain, source = self.name(who, s.name, s.peer, s.time)
+        return self._event(
+            events.HTTPS if inside else events.HTTP,
+            s,
+            who,
+            domain,
+            source,
+            duration=None if done.error == UNFINISHED else done.ended - done.began,
+            method=done.method,
+            path=done.path,
+            headers=done.headers,
+            proxy=self._proxy(s),
+            exchange=Exchange(
+                "2",
+                "https" if inside else "http",
+                done.status,
+                done.error,
+                done.first_byte - done.began if done.first_byte is not None else None,
+                done.request_size,
+                done.response_size,
+                done.grpc_status,
+                valid_traceparent(done.traceparent),
+                done.sequence,
+                done.partial,
+            ),
+        )
+
     # --- what never got its other half ----------------------------------------------------------------------------
 
     def close(self) -> Iterator[Event]:
@@ -252,10 +346,18 @@ class Join:
         return self._lookups.close()
 
     def expire(self, now: int) -> Iterator[Event]:
-        """What is over since the last call without being anybody's event: requests, and lookups that were held or never
-        answered. `now`: CLOCK_MONOTONIC ns."""
+        """What is over since the last call without being anybody's event: requests, handshakes, and lookups that were
+        held or never answered. `now`: CLOCK_MONOTONIC ns."""
+        while self._ended:
+            yield self._ended.popleft()
+        for handshake in self._handshakes.expire(now):
+            yield self._tls(handshake)
         yield from self._lookups.expire(now)
         self._exchanges.expire(now)
         ended, self._exchanges.ended = self._exchanges.ended, []
         for one in ended:
             yield self._exchange(one)
+        self._finished += self._http2.expire(now)
+        finished, self._finished = self._finished, []
+        for done in finished:
+            yield self._http2_exchange(done)

@@ -29,6 +29,7 @@ _METHODS = re.compile(
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 _VERSION = re.compile(r" HTTP/1\.([0-9]) *\Z")
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*\Z", re.DOTALL)
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _ABSOLUTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(?:\?([^#]*))?")
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._~!$&'()*+,;=%-]+))(?::([0-9]{0,5}))?")
 
@@ -144,12 +145,50 @@ def split_authority(text: str) -> tuple[str, int | None]:
 
 def _host_field(headers: tuple[tuple[str, str], ...]) -> tuple[str, int | None]:
     """Host as sent. Two that differ are a smuggling attempt (RFC 9112 section 3.2): evidence for neither."""
-    hosts = {value for name, value in headers if name.lower() == "host"}
-    return split_authority(hosts.pop()) if len(hosts) == 1 else ("", None)
+    hosts = {value for name, value in headers if len(name) == 4 and name.lower() == "host"}
+    if len(hosts) != 1:
+        return "", None
+    host = hosts.pop()
+    found = _authorities.get(host)
+    if found is None:
+        if len(_authorities) >= _AUTHORITIES:
+            _authorities.clear()
+        found = split_authority(host)
+        if len(host) <= 255:
+            _authorities[host] = found
+    return found
+
+
+_authorities: dict[str, tuple[str, int | None]] = {}
+_AUTHORITIES = 1024
+
+
+# Names of header fields that were read lately and are tokens: clients use few.
+_names: set[str] = set()
+_NAMES = 1024
 
 
 def _fields(data: bytes, start: int) -> tuple[tuple[tuple[str, str], ...], bool]:
     """The field lines from `start` to the empty line, and whether that line is missing (so fields may be)."""
+    end = data.find(b"\r\n\r\n", start)
+    block = data[start:end]
+    # An empty line before that one would end the head earlier: it begins with CR or LF, or needs a bare LF.
+    if end <= start or block[0] in b"\r\n" or block.count(b"\n") != block.count(b"\r\n"):
+        return _fields_line_by_line(data, start)
+    lines = block.decode("utf-8", "replace").split("\r\n")
+    fields = []
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if name not in _names and not (colon and _new_name(name)):
+            return _fields_line_by_line(data, start)
+        fields.append((name, value.strip(" \t")))
+    if len(fields) > MAX_HEADERS:
+        return _fields_line_by_line(data, start)
+    return tuple(fields), False
+
+
+def _fields_line_by_line(data: bytes, start: int) -> tuple[tuple[tuple[str, str], ...], bool]:
+    """The same for whatever is unusual: bare LF, folded lines, lines that are no field, no end."""
     fields: list[tuple[str, str]] = []
     while True:
         end = data.find(b"\n", start)
@@ -170,6 +209,16 @@ def _fields(data: bytes, start: int) -> tuple[tuple[tuple[str, str], ...], bool]
             if len(fields) >= MAX_HEADERS:
                 return tuple(fields), True
             fields.append((match[1], match[2]))
+
+
+def _new_name(name: str) -> bool:
+    if not _TOKEN.fullmatch(name):
+        return False
+    if len(_names) >= _NAMES:
+        _names.clear()
+    if len(name) <= 64:
+        _names.add(name)
+    return True
 
 
 class Response(NamedTuple):

@@ -123,6 +123,18 @@ class Settings:
     inventory: Path | None = None
     """File in which the inventory of destinations is kept over restarts. None: no inventory. Under systemd with
     StateDirectory= the default is inventory.json in that directory."""
+    http_headers: frozenset[str] = frozenset()
+    """Names of request headers that are told, redacted, in lines and in spans: lower case. Credentials read REDACTED
+    all the same. OTEL_INSTRUMENTATION_HTTP_CLIENT_CAPTURE_REQUEST_HEADERS adds to them."""
+
+    instrumented: str = "skip"
+    """Workloads that send OTLP themselves: skip (no HTTP spans and no http.client.* metrics of ours) or add."""
+
+    connection_spans: str = "notable"
+    """Connections whose way up (DNS, TCP, TLS) becomes a trace: notable (slow or failed), all or none."""
+
+    slow_connection_ms: int = 500
+    """From how many milliseconds on a connection's way up is slow: half a second is what a person notices."""
 
     flows: int = 65536
     """Rows of the kernel's counter table: a power of two from 1024 to 1048576. What finds no room is counted
@@ -134,7 +146,7 @@ class Settings:
     second in which the agent does not run at 10,000 events a second; the agent maps it, so it counts as its memory."""
 
     uprobes: bool = True
-    """Attach to OpenSSL to see requests inside TLS. Without it HTTPS is names and bytes only."""
+    """Attach to TLS libraries to see requests inside TLS. Without it HTTPS is names and bytes only."""
 
     persist: bool = False
     """Leave programs, links and maps pinned at a clean exit: counting goes on without the agent."""
@@ -163,6 +175,12 @@ class Settings:
     otel: Mapping[str, str] = field(default_factory=dict, repr=False)
     """The OTEL_* variables as they are, unchecked. Not in the repr: OTEL_EXPORTER_OTLP_HEADERS holds
     credentials."""
+
+    @property
+    def allowed_headers(self) -> frozenset[str]:
+        """Of request headers, what both variables name."""
+        text = self.otel.get("OTEL_INSTRUMENTATION_HTTP_CLIENT_CAPTURE_REQUEST_HEADERS", "")
+        return self.http_headers | frozenset(word.strip().lower() for word in text.split(",") if word.strip())
 
 
 # --- values: each turns text into a value, or raises ValueError with what would be right --------------------
@@ -267,7 +285,7 @@ def _text(text: str) -> str:
 def _names(text: str) -> frozenset[str]:
     names = frozenset(word.strip().lower() for word in text.split(",") if word.strip())
     if any(re.search(r"[\s&=?#]", name) for name in names):
-        raise ValueError("use parameter names, separated by commas")
+        raise ValueError("use names, separated by commas")
     return names
 
 
@@ -343,6 +361,10 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("EBFW_LOGS", "logs", _one_of("notable", "all"), "notable or all"),
     Variable("EBFW_INVENTORY", "inventory", _optional, "path; empty keeps none"),
     Variable("EBFW_PEER_GROUPS", "peer_groups", _file, "path"),
+    Variable("EBFW_HTTP_HEADERS", "http_headers", _names, "names, separated by commas"),
+    Variable("EBFW_INSTRUMENTED", "instrumented", _one_of("skip", "add"), "skip or add"),
+    Variable("EBFW_CONNECTION_SPANS", "connection_spans", _one_of("notable", "all", "none"), "notable, all or none"),
+    Variable("EBFW_SLOW_CONNECTION_MS", "slow_connection_ms", _whole(1, 600_000), "whole number"),
     Variable("EBFW_FLOWS", "flows", _power_of_two(1024, 1 << 20), "power of two, 1024 to 1048576"),
     Variable("EBFW_RING_BYTES", "ring_bytes", _power_of_two(64 << 10, 256 << 20), "power of two, 64 KiB to 256 MiB"),
     Variable("EBFW_TLS_UPROBES", "uprobes", _boolean, "boolean"),

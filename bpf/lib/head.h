@@ -31,26 +31,6 @@ INLINE u64 lowest_byte(u64 marks)
 	return (((((marks & -marks) >> 7) - 1) & BYTES(1)) * BYTES(1)) >> 56;
 }
 
-/* All ones where x is zero. clang would make a branch of it, and the verifier two paths of that, hence OPAQUE. */
-INLINE u64 if_zero(u64 x)
-{
-	u64 negative;
-
-	OPAQUE(x);
-	negative = -x;
-	OPAQUE(negative);
-	return ((negative | x) >> 63) - 1;
-}
-
-/* All ones where a <= b; both are small. */
-INLINE u64 if_at_most(u64 a, u64 b)
-{
-	u64 sign = b - a;
-
-	OPAQUE(sign);
-	return (sign >> 63) - 1;
-}
-
 /* All ones where an empty line follows piece[here], which ends a line: the head's end. */
 INLINE u64 if_empty_line(struct inspection *in, u64 marks, u64 here, u64 next)
 {

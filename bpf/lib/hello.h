@@ -123,6 +123,10 @@ INLINE int hello_step(struct inspection *in, struct source *from)
 			in->want += 4;
 			in->item = HELLO_SERVER_NAME;
 		} else {
+			if (be16(b) == 51 && be16(b + 2) > 2 * KEY_SHARE_KEPT) {
+				in->cut = in->want + 4 + KEY_SHARE_KEPT;
+				in->cut_end = in->want + 4 + be16(b + 2);
+			}
 			in->want += 4 + be16(b + 2);
 		}
 	} else {

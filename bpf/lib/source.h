@@ -26,6 +26,26 @@
 #define OPAQUE(x) asm volatile("" : "+r"(x))
 #endif
 
+/* All ones where x is zero. clang would make a branch of it, and the verifier two paths of that, hence OPAQUE. */
+INLINE u64 if_zero(u64 x)
+{
+	u64 negative;
+
+	OPAQUE(x);
+	negative = -x;
+	OPAQUE(negative);
+	return ((negative | x) >> 63) - 1;
+}
+
+/* All ones where a <= b; both are small. */
+INLINE u64 if_at_most(u64 a, u64 b)
+{
+	u64 sign = b - a;
+
+	OPAQUE(sign);
+	return (sign >> 63) - 1;
+}
+
 /*
  * Zero, read from a map. Added to a number it makes the verifier forget what it knows of it: parsing leaves by dozens
  * of paths, each with other bounds, and everything after would be verified once for each.
@@ -59,9 +79,11 @@ INLINE int read_bytes(struct source *from, u32 offset, void *to, u32 n)
 	__builtin_memcpy(to, from->data + offset, n);
 	return 0;
 }
+#define read_user(address, to, n) (__builtin_memcpy(to, (const void *)(address), n), 0)
 #else
 #define source __sk_buff
 #define read_bytes(from, offset, to, n) bpf_skb_load_bytes(from, offset, to, n)
+#define read_user(address, to, n) bpf_probe_read_user(to, n, (void *)(address))
 #endif
 
 #endif

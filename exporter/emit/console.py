@@ -13,6 +13,7 @@ Text, the seed's lines with what it lacked behind them as key=value, blanks insi
     HTTP     SRC -> METHOD HOSTPATH   HTTPS    [pid=N COMM] METHOD HOSTPATH
     CLOSE    SRC -> DST:PORT  tx=1.2KiB rx=3.4MiB ...
     NEW      SRC -> DST:PORT  name=example.com via=sni
+    TLS      SRC -> SNI  (DST:PORT)  status=ok took=12.3ms version=1.3 alpn=h2,http/1.1 ...
 
 `->` is egress; what is not, says dir=ingress or dir=unknown. JSON: the seed's fields and ours, empty ones
 left out."""
@@ -31,7 +32,7 @@ from collections.abc import Callable
 from typing import IO
 
 from exporter import events
-from exporter.events import Event, Exchange, Workload
+from exporter.events import Event, Exchange, Tls, Workload
 from exporter.health import losses, printable
 
 log = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ _COLOURS = {
 }
 _RED, _DIM, _OFF = "\x1b[31m", "\x1b[2m", "\x1b[0m"
 _BAD_STATUS = frozenset(events.FAILURES) - {events.CANCELLED}
-_GOOD_DNS = frozenset(("", "NOERROR", "ok"))
+_GOOD = {events.DNS: frozenset(("", "NOERROR", "ok")), events.TLS: frozenset(("", "ok"))}
 # What stands left of the key=value part on a terminal; longer lines push it to the right.
 _WIDTH = 64
 _SHOWN_ANSWERS = 4
@@ -205,8 +206,9 @@ class TextFormat:
         if self._terminal:
             what = what.ljust(_WIDTH)
         if self._colour:
-            bad = event.status in _BAD_STATUS or (
-                event.kind == events.DNS and event.status not in _GOOD_DNS and not event.search_expansion
+            good = _GOOD.get(event.kind)
+            bad = (
+                event.status in _BAD_STATUS if good is None else event.status not in good and not event.search_expansion
             )
             label = f"{_RED if bad else _COLOURS.get(event.kind, '')}{label}{_OFF}"
             details = f"{_DIM}{details}{_OFF}" if details else ""
@@ -271,6 +273,8 @@ def _details(event: Event) -> list[str]:
             out.append(f"size={_size(x.response_size)}")
         if x.partial:
             out.append(f"partial={x.partial}")
+    if event.tls is not None:
+        out += _tls_details(event.tls)
     if kind == events.CLOSE:
         out.append(f"tx={_size(event.tx_bytes)}")
         out.append(f"rx={_size(event.rx_bytes)}")
@@ -300,6 +304,19 @@ def _details(event: Event) -> list[str]:
         out.append(f"group={event.group}")
     if event.proxy:
         out.append(f"proxy={printable(event.proxy)}")
+    return out
+
+
+def _tls_details(tls: Tls) -> list[str]:
+    out = []
+    if tls.quic:
+        out.append(f"quic={tls.quic}")
+    if tls.version:
+        out.append(f"version={tls.version}")
+    elif tls.offered:
+        out.append(f"offered={tls.offered}")
+    if tls.alpn:
+        out.append(f"alpn={','.join([printable(name) for name in tls.alpn])}")
     return out
 
 
@@ -360,7 +377,7 @@ class JsonFormat:
             kind, when, who, pid, comm, transport, role, src, src_port, dst, port, scope, domain,
             source, status, duration, sent, received, retransmits, rtt, dns_type, answers,
             method, path, headers, proxy, _cookie, _filtered,
-            exchange, _, search, group, credentials,
+            exchange, tls, search, group, credentials,
         ) = event  # fmt: skip
         second, nanoseconds = divmod(when, 1_000_000_000)
         if second != self._second:
@@ -428,6 +445,8 @@ class JsonFormat:
             add(f'"proxy":{_string(proxy)}')
         if exchange is not None:
             add(_exchange(exchange))
+        if tls is not None:
+            add(_tls_members(tls))
         return ",".join(out) + "}\n"
 
     def _workload(self, who: Workload) -> str:
@@ -465,7 +484,7 @@ class JsonFormat:
 
 def _exchange(exchange: Exchange) -> str:
     """The members that say how a request went."""
-    version, scheme, status, error, first_byte, sent, received, grpc, traceparent, sequence, partial = exchange
+    version, scheme, status, error, first_byte, sent, received, grpc, traceparent, sequence, partial, *_ = exchange
     parts = [f'"scheme":"{scheme}","http_version":"{version}"']
     if status:
         parts.append(f'"http_status":{status}')
@@ -486,6 +505,32 @@ def _exchange(exchange: Exchange) -> str:
     if partial:
         parts.append(f'"partial":"{partial}"')
     return ",".join(parts)
+
+
+def _tls_members(tls: Tls) -> str:
+    """The member `tls`. Words of ours need no quoting; ALPN names are the client's."""
+    version, offered, alpn, group, post_quantum, ech, ja4, resumed, alert, quic = tls
+    out = [
+        f'"{name}":"{value}"'
+        for name, value in (
+            ("version", version),
+            ("offered", offered),
+            ("group", group),
+            ("ja4", ja4),
+            ("alert", alert),
+            ("quic", quic),
+        )
+        if value
+    ]
+    if alpn:
+        out.append(f'"alpn":[{",".join(map(_string, alpn))}]')
+    if post_quantum:
+        out.append('"post_quantum":true')
+    if ech:
+        out.append('"ech":true')
+    if resumed is not None:
+        out.append(f'"resumed":{"true" if resumed else "false"}')
+    return f'"tls":{{{",".join(out)}}}'
 
 
 def _object(key: str, **members: str) -> str:

@@ -67,13 +67,6 @@ class Histogram:
         self.sent_exponential: list[int] | None = None
         self.told: list[Exemplar | None] | None = None
 
-    def record(self, value: float) -> None:
-        """Count one value, in the metric's unit. The pipeline's loop has the first two lines in place."""
-        self.cells[bisect_left(self.bounds, value)] += 1
-        self.cells[-1] += value
-        if self.extra:
-            self.beside(value)
-
     def beside(self, value: float) -> None:
         """What `extra` says is to be done for a value that `cells` have counted."""
         if self.exponential is not None:

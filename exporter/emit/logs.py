@@ -5,7 +5,8 @@ time, a severity by impact, flat attributes, a short text for people. Not its jo
 (otlp.py).
 
 By default only what is notable (D13): failures (but not cancelled connections), denials, and destinations
-that a workload had not talked to before. The same failure within a minute is one record at once and one with
+that a workload had not talked to before. A request fails by 5xx, by a gRPC status that is the server's fault, or by
+having no answer. The same failure within a minute is one record at once and one with
 a count when the minute ends. `all` tells everything, without folding. Headers are never in a record (D8).
 """
 
@@ -16,8 +17,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from exporter.emit import semconv as c
-from exporter.emit.spans import Attributes, Value, dns, error_type, failed, told, where
-from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, NEW, OK, TLS, Event
+from exporter.emit.spans import (
+    Attributes,
+    Pairs,
+    dns,
+    error_type,
+    grave,
+    measures,
+    outcome,
+    tls,
+    told,
+    where,
+)
+from exporter.emit.trace_context import Context
+from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, NEW, TLS, Event
 from exporter.health import printable
 
 INFO, WARN = 9, 13  # SeverityNumber
@@ -27,10 +40,14 @@ WINDOW_SECONDS = 60.0
 _WINDOWS = 4096
 _SEEN = 65_536
 
-# The methods that the conventions know; anything else is `_OTHER`, with the original beside it.
-_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"))
-
 _DESTINATIONS = frozenset((CONNECT, TLS, HTTP, HTTPS))
+_DURATIONS = {
+    CONNECT: c.CONNECT_DURATION,
+    DNS: c.DNS_DURATION,
+    TLS: c.TLS_DURATION,
+    HTTP: c.HTTP_DURATION,
+    HTTPS: c.HTTP_DURATION,
+}
 _NAMES = {
     CONNECT: c.EVENT_CONNECTION,
     CLOSE: c.EVENT_CONNECTION,
@@ -44,14 +61,17 @@ _NAMES = {
 
 class Note(NamedTuple):
     """An event that deserves a record. `repeats`: how often it happened again in the window that has just
-    ended."""
+    ended. `context`: the trace that it belongs to."""
 
     event: Event
     first_seen: bool = False
     repeats: int = 0
+    context: Context | None = None
 
 
 class Record(NamedTuple):
+    """`name`: an event name, without dynamic parts. `time_ns`: when it happened, wall clock."""
+
     name: str
     time_ns: int
     severity: int
@@ -72,26 +92,26 @@ class Notable:
         # Two generations of hashes are an LRU that costs 6 MB when full; an OrderedDict would cost 20.
         self._young: set[int] = set()
         self._old: set[int] = set()
-        # failure -> [when its window ends, how often again, the last event]; in the order of their ends
-        self._windows: dict[tuple[object, ...], tuple[float, int, Event]] = {}
+        # failure -> (when its window ends, how often again, the last event, its trace); in the order of their ends
+        self._windows: dict[tuple[object, ...], tuple[float, int, Event, Context | None]] = {}
 
-    def of(self, event: Event) -> Note | None:
-        """The note for this event, or None where it needs none."""
+    def of(self, event: Event, context: Context | None = None) -> Note | None:
+        """The note for this event, or None where it needs none. `context`: the trace that the event is in."""
         if not told(event):
             return None
-        kind, status = event.kind, event.status
+        kind = event.kind
         first = kind == NEW or (not self._inventory and kind in _DESTINATIONS and self._first_seen(event))
         if self._all:
-            return Note(event, first)
-        if not status or status == OK or not failed(event):
-            return Note(event, True) if first else None
-        key = (event.workload.cgroup_id, event.kind, event.status, event.domain or event.dst, event.port)
+            return Note(event, first, context=context)
+        if not grave(event):
+            return Note(event, True, context=context) if first else None
+        key = (event.workload.cgroup_id, event.kind, error_type(event), event.domain or event.dst, event.port)
         window = self._windows.get(key)
         if window is not None:
-            self._windows[key] = (window[0], window[1] + 1, event)
+            self._windows[key] = (window[0], window[1] + 1, event, context)
             return None
-        self._windows[key] = (self._clock() + WINDOW_SECONDS, 0, event)
-        return Note(event, first)
+        self._windows[key] = (self._clock() + WINDOW_SECONDS, 0, event, context)
+        return Note(event, first, context=context)
 
     def due(self, everything: bool = False) -> list[Note]:
         """Notes for windows that ended with repeats. Call it about every second; `everything` at the end."""
@@ -99,12 +119,12 @@ class Notable:
         now = self._clock()
         while self._windows:
             key = next(iter(self._windows))
-            end, repeats, event = self._windows[key]
+            end, repeats, event, context = self._windows[key]
             if end > now and not everything and len(self._windows) <= _WINDOWS:
                 break
             del self._windows[key]
             if repeats:
-                notes.append(Note(event, repeats=repeats))
+                notes.append(Note(event, repeats=repeats, context=context))
         return notes
 
     def _first_seen(self, event: Event) -> bool:
@@ -125,46 +145,46 @@ def record(note: Note) -> Record:
     """What the record says."""
     event = note.event
     error = error_type(event)
-    severity = WARN if failed(event) and error != "host_not_found" else INFO
+    severity = WARN if grave(event) and error != "host_not_found" else INFO
     found = where(event)
     if event.kind == DNS:
         found += dns(event)
     elif event.kind in (HTTP, HTTPS):
         found += _request(event)
+    elif event.kind == TLS:
+        found += tls(event)
     elif event.kind == CLOSE:
         found += _close(event)
     elif event.kind == CONNECT and not error and event.transport == "tcp":
         found.append((c.CONNECTION_STATE, "opened"))
-    if event.duration is not None and event.kind in (CONNECT, DNS):
-        found.append((c.DNS_DURATION if event.kind == DNS else c.CONNECT_DURATION, event.duration / 1e9))
-    if error:
+    if event.duration is not None and event.kind in _DURATIONS:
+        found.append((_DURATIONS[event.kind], event.duration / 1e9))
+    if error and event.exchange is None:
         found.append((c.ERROR_TYPE, error))
     if event.cookie:
         # Text: a cookie uses all 64 bits, an attribute's integer is signed.
         found.append((c.CONNECTION_ID, f"{event.cookie:x}"))
     if note.first_seen and event.kind != NEW:
-        found.append((c.FIRST_SEEN, "true"))
+        found.append((c.FIRST_SEEN, True))
     if note.repeats:
         found.append((c.REPEATS, note.repeats))
     return Record(_NAMES[event.kind], event.time, severity, _body(note, error), tuple(found))
 
 
-def _request(event: Event) -> list[tuple[str, Value]]:
+def _request(event: Event) -> Pairs:
     path, _, query = event.path.partition("?")
-    known = event.method in _METHODS
-    pairs: tuple[tuple[str, Value], ...] = (
-        (c.HTTP_METHOD, event.method if known or not event.method else "_OTHER"),
-        (c.HTTP_METHOD_ORIGINAL, "" if known else event.method),
-        (c.URL_SCHEME, event.kind),
-        (c.URL_PATH, path),
-        (c.URL_QUERY, query),
-        (c.CLEARTEXT_CREDENTIALS, event.credentials),
-    )
-    return [(key, value) for key, value in pairs if value]
+    scheme = event.exchange.scheme if event.exchange is not None else event.kind
+    pairs: Pairs = [(c.URL_SCHEME, scheme), (c.URL_PATH, path), (c.URL_QUERY, query)]
+    pairs = outcome(event, "") + [pair for pair in pairs if pair[1]]
+    if event.credentials:
+        pairs.append((c.CLEARTEXT_CREDENTIALS, True))
+    if event.exchange is not None:
+        pairs += [(c.PROTOCOL_VERSION, event.exchange.version), *measures(event.exchange)]
+    return pairs
 
 
-def _close(event: Event) -> list[tuple[str, Value]]:
-    found: list[tuple[str, Value]] = [(c.CONNECTION_STATE, "closed")]
+def _close(event: Event) -> Pairs:
+    found: Pairs = [(c.CONNECTION_STATE, "closed")]
     if event.duration is not None:
         found.append((c.CONNECTION_DURATION, event.duration / 1e9))
     found.append((c.CONNECTION_SENT, event.tx_bytes))
@@ -183,6 +203,8 @@ def _body(note: Note, error: str) -> str:
         text = f"{who} asked for {host} ({event.dns_type})"
     elif event.kind in (HTTP, HTTPS):
         text = f"{who} sent {printable(event.method)} {event.kind}://{host}{printable(event.path.partition('?')[0])}"
+        if event.exchange is not None and event.exchange.status and not error:
+            text += f": {event.exchange.status}"
     else:
         verb = "closed" if event.kind == CLOSE else "for the first time to" if event.kind == NEW else "to"
         peer = f"[{host}]:{event.port}" if ":" in host else f"{host}:{event.port}"

@@ -24,29 +24,35 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from exporter import health
 from exporter.emit import otlp_settings
 from exporter.emit import semconv as c
+from exporter.emit.instrumented import Instrumented
 from exporter.emit.logs import Notable, Note
 from exporter.emit.metrics import Metrics
 from exporter.emit.otlp_settings import Batch, Endpoint
 from exporter.emit.resource import Resources
-from exporter.emit.spans import failed, is_span
-from exporter.events import OK, SERVER, Event
+from exporter.emit.sampling import Budget, Request
+from exporter.emit.setup import Setup, Setups
+from exporter.emit.spans import grave
+from exporter.emit.trace_context import Context, context
+from exporter.events import HTTP, HTTPS, SERVER, Event
 
 if TYPE_CHECKING:
-    from exporter.emit.otlp_encode import Encoder, Payload
+    from exporter.emit.otlp_encode import Encoder
+    from exporter.emit.otlp_records import Payload
     from exporter.emit.otlp_transport import Sender
 
 _log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
 _TICK = 1.0  # seconds after which a worker looks even if nobody woke it
-_CANDIDATES = 4096
 
 
 class Otlp:
     """All three signals. `environ` holds the OTEL_* variables (settings.otel).
 
-    `spans_per_second` is the node's budget while no sampler is set; 0 makes no spans. `logs` is notable or
-    all; with an `inventory` new destinations are its events.
+    `spans_per_second` is the node's budget while no sampler is set; 0 makes no spans. `logs` is notable or all;
+    with an `inventory` new destinations are its events.
+    `setups` tells how connections came about; `instrumented` who tells its own requests; `template` is a request's
+    url.template; `headers` are the request headers that may be told.
     """
 
     def __init__(
@@ -60,6 +66,10 @@ class Otlp:
         logs: str = "notable",
         inventory: bool = False,
         losses: health.Losses | None = None,
+        setups: Setups | None = None,
+        instrumented: Instrumented | None = None,
+        template: Callable[[Event], str] | None = None,
+        headers: frozenset[str] = frozenset(),
     ) -> None:
         self.settings = settings = otlp_settings.load(environ)
         self._resources, self._metrics, self._version = resources, metrics, version
@@ -73,13 +83,17 @@ class Otlp:
         self._losses = losses or health.losses
         self._lock = threading.Lock()
         self._notable = Notable(logs, inventory=inventory)
-        self._spans: _Queue[Event] | None = None
+        self._setups = Setups() if setups is None else setups
+        self._instrumented = Instrumented() if instrumented is None else instrumented
+        self._template, self._headers = template, headers
+        self._spans: _Queue[Request | Setup] | None = None
         self._logs: _Queue[Note] | None = None
-        if settings.traces and settings.sampled != 0 and (spans_per_second or settings.sampled is not None):
+        self._sampler = sampler = settings.sampler
+        if settings.traces and not sampler.never and (spans_per_second or sampler.ratio is not None):
             self._spans = _Queue(settings.spans, self._losses)
         if settings.logs:
             self._logs = _Queue(settings.records, self._losses)
-        self._budget = None if settings.sampled is not None else Budget(spans_per_second, self._losses)
+        self._budget = None if sampler.ratio is not None else Budget(spans_per_second, self._losses)
         self._workers: list[_Worker] = []
 
     @property
@@ -91,20 +105,22 @@ class Otlp:
         """Import what the chosen protocols need, and start a thread for each signal that has an endpoint."""
         if not self.active:
             return
-        from exporter.emit import otlp_encode
+        from exporter.emit import otlp_encode, otlp_records
 
-        def encoder() -> Encoder:
-            limits = (self.settings.value_length, self.settings.attribute_count)
-            return otlp_encode.Encoder(self._resources.of, self._version, *limits)
-
-        if self.settings.traces and self._spans is not None:
-            make, queue = encoder(), self._spans
-            self._add(self.settings.traces, _Batches(queue, make.spans, self._poll_spans))
-        if self.settings.logs and self._logs is not None:
-            make, notes = encoder(), self._logs
-            self._add(self.settings.logs, _Batches(notes, make.logs, self._poll_logs))
-        if self.settings.metrics:
-            self._add(self.settings.metrics, _Pushes(self._metrics, encoder(), self.settings))
+        settings, resource_of = self.settings, self._resources.of
+        if settings.traces and self._spans is not None:
+            exemplify = None if settings.exemplars == "always_off" else self._metrics.exemplify
+            spans = otlp_records.Records(
+                resource_of, self._version, settings.span_limits, self._template, self._headers, exemplify
+            )
+            self._add(settings.traces, _Batches(self._spans, spans.spans, self._poll_spans, self._losses))
+        if settings.logs and self._logs is not None:
+            records = otlp_records.Records(resource_of, self._version, settings.record_limits)
+            self._add(settings.logs, _Batches(self._logs, records.logs, self._poll_logs, self._losses))
+        if settings.metrics:
+            limits = settings.span_limits
+            encoder = otlp_encode.Encoder(self._version, limits.value_length, limits.attributes)
+            self._add(settings.metrics, _Pushes(self._metrics, encoder, settings))
         for worker in self._workers:
             worker.start()
 
@@ -112,17 +128,62 @@ class Otlp:
         """Take one event, redacted. Never waits; about 1 us for an event that needs no record."""
         if event.filtered or event.role == SERVER:
             return
+        place = None
+        if self._spans is not None:
+            place = self._request(event) if event.kind in (HTTP, HTTPS) else self._step(event)
         if self._logs is not None:
+            if place is None and event.exchange is not None and event.exchange.traceparent:
+                place = context(event.exchange.traceparent)
             with self._lock:
-                note = self._notable.of(event)
+                note = self._notable.of(event, place)
             if note is not None:
                 self._logs.put(note)
-        if self._spans is not None and is_span(event):
-            if self._budget is not None:
-                for chosen in self._budget.offer(event):
-                    self._spans.put(chosen)
-            elif random.random() < (self.settings.sampled or 0):
-                self._spans.put(event)
+
+    def _request(self, event: Event) -> Context | None:
+        """Make a request a candidate. Returns where in a trace its log record belongs, if it is to have one."""
+        with self._lock:
+            for told in self._setups.add(event):
+                self._offer(told)
+            setup = self._setups.of(event.cookie)
+        exchange = event.exchange
+        if exchange is None or self._instrumented.traces(event.workload):
+            return None
+        parent = context(exchange.traceparent) if exchange.traceparent else None
+        if not self._sampler.keep(parent):
+            return parent
+        place = None
+        if grave(event):
+            # Its log record names it: the ids are given here.
+            flags, trace_id = (parent.flags, parent.trace_id) if parent else (1, random.randbytes(16))
+            place = Context(trace_id, random.randbytes(8), flags)
+        self._put(Request(event, setup, place), event, place is not None)
+        return place or parent
+
+    def _step(self, event: Event) -> Context | None:
+        """Take a lookup or handshake into its connection's set-up. Returns where in a trace its record belongs."""
+        with self._lock:
+            told = self._setups.add(event)
+        place = None
+        for setup in told:
+            self._offer(setup)
+            if setup.failed and any(step is event for step in setup.events):
+                place = Context(setup.trace_id, setup.span_id, 1)
+        return place
+
+    def _offer(self, setup: Setup) -> None:
+        if self._sampler.keep(None) and not self._instrumented.collector(setup.main.workload):
+            self._put(setup, setup.main, setup.failed)
+
+    def _put(self, item: Request | Setup, event: Event, grave: bool) -> None:
+        if self._spans is None:
+            return
+        if self._budget is not None:
+            for chosen in self._budget.offer(item, event.workload.cgroup_id, grave):
+                self._spans.put(chosen, chosen.weight)
+        else:
+            if isinstance(item, Setup):
+                item.kept = True
+            self._spans.put(item, item.weight)
 
     def shutdown(self, timeout: float = 5.0) -> None:
         """Send what waits, for at most `timeout` seconds; what is left then is counted."""
@@ -137,16 +198,20 @@ class Otlp:
             worker.finish()
         self._workers = []
 
-    def _add(self, endpoint: Endpoint, work: _Batches[Event] | _Batches[Note] | _Pushes) -> None:
+    def _add(self, endpoint: Endpoint, work: _Work) -> None:
         from exporter.emit import otlp_transport
 
         sender = otlp_transport.connect(endpoint)
         self._workers.append(_Worker(endpoint, sender, work, self._metrics, self._losses))
 
     def _poll_spans(self, last: bool) -> None:
+        with self._lock:
+            told = self._setups.expire(time.time_ns() + (1 << 62 if last else 0))
+        for setup in told:
+            self._offer(setup)
         if self._spans is not None and self._budget is not None:
             for chosen in self._budget.take(everything=last):
-                self._spans.put(chosen)
+                self._spans.put(chosen, chosen.weight)
 
     def _poll_logs(self, last: bool) -> None:
         if self._logs is not None:
@@ -154,66 +219,6 @@ class Otlp:
                 notes = self._notable.due(everything=last)
             for note in notes:
                 self._logs.put(note)
-
-
-class Budget:
-    """At most `rate` spans a second, failures first, then shared fairly between workloads; the rest is
-    counted.
-
-    Candidates wait until their second is over: only then is it known who else wants a share.
-    """
-
-    def __init__(self, rate: int, losses: health.Losses, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate, self._losses, self._clock = rate, losses, clock
-        self._lock = threading.Lock()
-        self._second = int(clock())
-        self._count = self._dropped = 0
-        # cgroup id -> candidates; each workload may bring as many as the whole budget, twice
-        self._failures: dict[int, list[Event]] = {}
-        self._others: dict[int, list[Event]] = {}
-
-    def offer(self, event: Event) -> list[Event]:
-        """Take a candidate; returns what was chosen of the second before, if that has just ended."""
-        with self._lock:
-            chosen = self._rotate() if int(self._clock()) != self._second else []
-            group = self._failures if event.status != OK and failed(event) else self._others
-            waiting = group.get(event.workload.cgroup_id)
-            if waiting is None:
-                waiting = group[event.workload.cgroup_id] = []
-            if len(waiting) < self._rate and self._count < _CANDIDATES:
-                waiting.append(event)
-                self._count += 1
-            else:
-                self._dropped += 1
-            return chosen
-
-    def take(self, everything: bool = False) -> list[Event]:
-        """What was chosen of a second that is over; `everything` ends the running one too."""
-        with self._lock:
-            return self._rotate() if everything or int(self._clock()) != self._second else []
-
-    def _rotate(self) -> list[Event]:
-        chosen: list[Event] = []
-        for waiting in (self._failures, self._others):
-            chosen += _fair(list(waiting.values()), self._rate - len(chosen))
-        if dropped := self._dropped + self._count - len(chosen):
-            self._losses.add("export", "budget", dropped)
-        self._failures, self._others, self._count, self._dropped = {}, {}, 0, 0
-        self._second = int(self._clock())
-        return chosen
-
-
-def _fair(shares: list[list[Event]], room: int) -> list[Event]:
-    """Up to `room` items, one from each list in turn."""
-    chosen: list[Event] = []
-    turn = 0
-    while shares and room > 0:
-        shares = [share for share in shares if len(share) > turn]
-        taken = [share[turn] for share in shares[:room]]
-        chosen += taken
-        room -= len(taken)
-        turn += 1
-    return chosen
 
 
 class _Queue(Generic[_Item]):
@@ -227,9 +232,9 @@ class _Queue(Generic[_Item]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def put(self, item: _Item) -> None:
+    def put(self, item: _Item, weight: int = 1) -> None:
         if len(self._items) >= self.batch.queue:
-            self._losses.add("export", "queue_full")
+            self._losses.add("export", "queue_full", weight)
             return
         self._items.append(item)
         # Not for every item: waking a thread costs more than all the rest of this.
@@ -248,8 +253,9 @@ class _Batches(Generic[_Item]):
         queue: _Queue[_Item],
         encode: Callable[[Iterable[_Item]], Iterator[Payload]],
         poll: Callable[[bool], None],
+        losses: health.Losses,
     ) -> None:
-        self._queue, self._encode, self._poll = queue, encode, poll
+        self._queue, self._encode, self._poll, self._losses = queue, encode, poll, losses
         self._since = time.monotonic()
         self.wake = queue.wake
         self.lossy = ""
@@ -264,7 +270,15 @@ class _Batches(Generic[_Item]):
         ):
             items = self._queue.take()
             self._since = now
-            yield from self._encode(items)
+            out = 0
+            try:
+                for payload in self._encode(items):
+                    out += payload.items
+                    yield payload
+            except Exception:
+                # A batch that cannot be encoded must cost that batch, not every one after it.
+                self._losses.add("export", "encode", max(1, len(items) - out))
+                _log.exception("OTLP: a batch could not be encoded")
 
     def seconds(self) -> float:
         return min(_TICK, self._queue.batch.delay)
@@ -311,7 +325,7 @@ class _Worker:
         self,
         endpoint: Endpoint,
         sender: Sender,
-        work: _Batches[Event] | _Batches[Note] | _Pushes,
+        work: _Work,
         metrics: Metrics,
         losses: health.Losses,
     ) -> None:
@@ -354,23 +368,34 @@ class _Worker:
                 for payload in self._work.payloads(last):
                     self._send(payload)
             except Exception:
-                # A batch that cannot be encoded must cost that batch, not every one after it.
+                # What cannot be encoded must cost one push, not every one after it.
                 self._losses.add("export", "encode" + self._work.lossy)
                 _log.exception("OTLP %s: a batch could not be encoded", self._endpoint.signal)
                 time.sleep(_TICK)
             self._metrics.gauge(c.QUEUE.name, self._work.waiting(), signal=self._endpoint.signal)
 
     def _send(self, payload: Payload) -> None:
-        if self._aborted or not (result := self._sender.send(payload.message)).taken:
+        signal = self._endpoint.signal
+        began = time.monotonic()
+        result = None if self._aborted else self._sender.send(payload.message)
+        if result is not None:
+            outcome = "success" if result.taken else "failure"
+            self._metrics.count(c.EXPORT_REQUESTS.name, 1, signal=signal, outcome=outcome)
+            self._metrics.count(c.EXPORT_TIME.name, time.monotonic() - began, signal=signal, outcome=outcome)
+        if result is None or self._aborted or not result.taken:
             cause = "shutdown" if self._aborted else "failed"
             self._losses.add("export", cause + self._work.lossy, payload.items)
-            if not self._told and self._endpoint.mix_up:
+            sentence = self._endpoint.mixed_up() if result is not None and result.mixed_up else self._endpoint.mix_up
+            if sentence and not self._told:
                 self._told = True
-                _log.warning("%s", self._endpoint.mix_up)
+                _log.warning("%s", sentence)
             return
         payload.sent()
         taken = max(0, payload.items - result.rejected)
-        self._metrics.count(c.EXPORTED.name, taken, signal=self._endpoint.signal)
+        self._metrics.count(c.EXPORTED.name, taken, signal=signal)
         if result.rejected:
             self._losses.add("export", "rejected" + self._work.lossy, result.rejected)
-            _log.warning("OTLP %s: the receiver rejected items: %s", self._endpoint.signal, result.why)
+            _log.warning("OTLP %s: the receiver rejected items: %s", signal, result.why)
+
+
+_Work = _Batches[Request | Setup] | _Batches[Note] | _Pushes

@@ -1,37 +1,25 @@
-"""OTLP encoding: plain values as opentelemetry-proto messages.
+"""OTLP encoding of metrics: a snapshot as opentelemetry-proto messages.
 
-Comes in: notes, events and a metrics snapshot. Goes out: Export*ServiceRequest messages, each below `LIMIT`
-bytes, with how many items they hold. Not its job: sending them (otlp_transport.py), deciding what is sent
-(otlp.py).
-
-The SDK's encoder wants SDK objects and takes 33 us a span; filling the messages takes a third of that.
+Comes in: a metrics snapshot. Goes out: ExportMetricsServiceRequest messages, each below `LIMIT` bytes, with how many
+points they hold. Not its job: sending them (otlp_transport.py), deciding what is sent (otlp.py), spans and log
+records (otlp_records.py).
 """
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1 import metrics_pb2 as pb
-from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
-from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from exporter.emit import semconv as c
 from exporter.emit.histograms import Exemplar, Histogram, since
-from exporter.emit.logs import SEVERITY, Note, record
 from exporter.emit.metrics import Gone, Point, Snapshot, is_delta
+from exporter.emit.otlp_records import LIMIT, Payload
 from exporter.emit.resource import Resource
-from exporter.emit.spans import span
-from exporter.events import Event, Workload
 
-# Receivers take 4 MiB by default; a part of it keeps the agent's memory flat while it sends.
-LIMIT = 1 << 17
 # Attributes are encoded once and kept: a message of protobuf's is an arena of 1 to 3 KiB of its own, which no Python
 # tool shows. So only few are kept, and none whose values are as many as a host has peers.
 _KEPT = 256
@@ -51,77 +39,19 @@ _MANY = frozenset(
     )
 )
 
-_SPAN_FLAGS = 0x101  # sampled, and "the remote bit is meaningful": no remote parent
 _CUMULATIVE = pb.AGGREGATION_TEMPORALITY_CUMULATIVE
 _DELTA = pb.AGGREGATION_TEMPORALITY_DELTA
 _NO_VALUE = pb.DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK
 
 
-class Payload(NamedTuple):
-    """One request, how many items it holds, and what to do once a receiver has taken it."""
-
-    message: Any
-    items: int
-    sent: Callable[[], None] = lambda: None
-
-
 class Encoder:
-    """One for each worker thread: it caches attributes. `resource_of` gives a workload's Resource;
-    `value_length` and `attribute_count` are the specification's limits."""
+    """One for each worker thread: it caches attributes. `value_length` and `attribute_count` are the specification's
+    limits."""
 
-    def __init__(
-        self,
-        resource_of: Callable[[Workload], Resource],
-        version: str,
-        value_length: int | None = None,
-        attribute_count: int = 128,
-    ) -> None:
-        self._resource_of, self._version = resource_of, version
+    def __init__(self, version: str, value_length: int | None = None, attribute_count: int = 128) -> None:
+        self._version = version
         self._length, self._count = value_length, attribute_count
         self._cache: dict[tuple[str, type, Any], KeyValue] = {}
-
-    def spans(self, events: Iterable[Event]) -> Iterator[Payload]:
-        """One ResourceSpans for each workload in a request."""
-        batch = _Batch(ExportTraceServiceRequest, "resource_spans", "scope_spans", self)
-        for event in events:
-            made = span(event)
-            if made is None:
-                continue
-            kept, dropped = self._attributes(made.attributes)
-            message = batch.scope(self._resource_of(event.workload)).spans.add(
-                trace_id=random.getrandbits(128).to_bytes(16, "big"),
-                span_id=random.getrandbits(64).to_bytes(8, "big"),
-                flags=_SPAN_FLAGS,
-                name=made.name,
-                kind=SpanMessage.SPAN_KIND_INTERNAL,
-                start_time_unix_nano=made.start_ns,
-                end_time_unix_nano=made.end_ns,
-                attributes=kept,
-                dropped_attributes_count=dropped,
-                status=Status(code=Status.STATUS_CODE_ERROR) if made.failed else None,
-            )
-            yield from batch.added(message)
-        yield from batch.rest()
-
-    def logs(self, notes: Iterable[Note]) -> Iterator[Payload]:
-        """One ResourceLogs for each workload in a request."""
-        batch = _Batch(ExportLogsServiceRequest, "resource_logs", "scope_logs", self)
-        now = time.time_ns()
-        for note in notes:
-            made = record(note)
-            kept, dropped = self._attributes(made.attributes)
-            message = batch.scope(self._resource_of(note.event.workload)).log_records.add(
-                time_unix_nano=made.time_ns,
-                observed_time_unix_nano=now,
-                severity_number=made.severity,
-                severity_text=SEVERITY[made.severity],
-                event_name=made.name,
-                body=AnyValue(string_value=made.body),
-                attributes=kept,
-                dropped_attributes_count=dropped,
-            )
-            yield from batch.added(message)
-        yield from batch.rest()
 
     def metrics(
         self, snapshot: Snapshot, gone: Iterable[Gone], since_ns: int | None, lowmemory: bool = False

@@ -13,8 +13,10 @@ from __future__ import annotations
 import base64
 import errno
 import hmac
+import http.client
 import logging
 import os
+import re
 import socket
 import ssl
 import threading
@@ -248,6 +250,28 @@ def serve(
             ) from None
         raise SettingsError(f"{setting}={shown}: cannot listen there: {error.strerror or error}") from None
     return Server(httpd)
+
+
+def series_of(host: str, port: int, seconds: float = 2.0) -> dict[str, int] | None:
+    """{metric: series} of an agent that serves there, by its own account; None where none answers, or not to us."""
+    wanted = c.prometheus_series(c.SERIES) + "{"
+    label = re.compile(rf'\b{c.prometheus_label("ebfw.metric")}="([^"]*)"')
+    connection = http.client.HTTPConnection(host or "127.0.0.1", port, timeout=seconds)
+    try:
+        connection.request("GET", "/metrics")
+        answer = connection.getresponse()
+        if answer.status != 200:
+            return None
+        found: dict[str, int] = {}
+        for line in answer:
+            text = line.decode("utf-8", "replace")
+            if text.startswith(wanted) and (name := label.search(text)):
+                found[name[1]] = int(float(text.rpartition(" ")[2]))
+        return found or None
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
 
 
 class _Pages(NamedTuple):

@@ -1,7 +1,11 @@
 """Who a series, span or log record belongs to: a Workload (or the agent itself) as resource attributes.
 
 Comes in: events.Workload, the node's name, the value of OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME. Goes
-out: Resource, cached by workload. Not its job: finding out who a workload is (enrich/), encoding (otlp.py).
+out: Resource, cached by workload. Not its job: finding out who a workload is and what it says of itself (enrich/),
+encoding (otlp_*.py).
+
+service.name: what the workload was started with; a pod's name without what its controller put behind it; the
+container's name; the systemd unit; else `unknown_service`. It never contains an id (D17).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from exporter.emit import semconv as c
+from exporter.enrich import is_static_pod
 from exporter.events import Workload
 
 _log = logging.getLogger(__name__)
@@ -25,6 +30,11 @@ _CACHE = 8192
 
 # Container ids, pod UIDs, systemd's transient units and replica hashes: whatever changes with every start.
 _ID = re.compile(r"[0-9a-f]{12,}|[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|^(?:session|run)-[a-z]*\d+")
+
+# What Kubernetes puts behind the name of a Deployment, DaemonSet, Job or CronJob to make a pod's: a template's hash
+# or a time, and five characters, all from an alphabet without vowels. A StatefulSet's ordinal stays: a pod that
+# somebody made by hand may be called so.
+_POD_SUFFIX = re.compile(r"(?:-(?:[bcdfghjklmnpqrstvwxz2456789]{6,10}|\d{8}))?-[bcdfghjklmnpqrstvwxz2456789]{5}$")
 
 # Keys of OTEL_RESOURCE_ATTRIBUTES that describe the agent only. A DaemonSet's own name would be as wrong on a
 # workload as its pod's, so of k8s.* only what the cluster and the node share is passed on.
@@ -101,7 +111,8 @@ class Resources:
             c.SERVICE_INSTANCE_ID: instance,
             c.K8S_NAMESPACE_NAME: w.namespace,
             c.K8S_POD_NAME: w.pod_name,
-            c.K8S_POD_UID: w.pod_uid,
+            # A static pod's is the kubelet's hash of its manifest: the API knows it by another.
+            c.K8S_POD_UID: "" if is_static_pod(w.pod_uid) else w.pod_uid,
             c.K8S_CONTAINER_NAME: w.container_name if w.pod_uid else "",
             c.CONTAINER_NAME: w.container_name,
             c.CONTAINER_ID: w.container_id,
@@ -112,7 +123,8 @@ class Resources:
             c.WORKLOAD_KIND: w.kind,
             c.WORKLOAD_QOS: w.qos,
         }
-        return _resource(self._common | {key: value for key, value in attributes.items() if value}, workload_id)
+        made = self._common | {key: value for key, value in attributes.items() if value} | dict(w.given)
+        return _resource(made, "" if c.SERVICE_NAME in dict(w.given) else workload_id)
 
 
 def _resource(attributes: Mapping[str, str | int], workload_id: str = "") -> Resource:
@@ -123,7 +135,7 @@ def _resource(attributes: Mapping[str, str | int], workload_id: str = "") -> Res
 def _service_name(w: Workload) -> tuple[str, str]:
     """(service.name, id): a name that never contains an id, and the id that tells the nameless apart."""
     if w.pod_uid:
-        name = w.pod_name or w.container_name
+        name = _POD_SUFFIX.sub("", w.pod_name) or w.container_name
         if w.pod_name and (w.container_name or not w.container_id):
             return name, ""
         return name or "unknown_service", w.container_id or w.pod_uid

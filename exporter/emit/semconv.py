@@ -72,6 +72,24 @@ TLS_VERSION: Final = "tls.protocol.version"
 TLS_GROUP: Final = "ebfw.tls.group"
 TLS_POST_QUANTUM: Final = "ebfw.tls.post_quantum"
 TLS_JA4: Final = "ebfw.tls.ja4"
+# Of spans and log records only
+URL_FULL: Final = "url.full"
+USER_AGENT: Final = "user_agent.original"
+HTTP_REQUEST_BODY: Final = "http.request.body.size"
+HTTP_RESPONSE_BODY: Final = "http.response.body.size"
+FIRST_BYTE_TIME: Final = "ebfw.http.first_byte"
+HTTP_DURATION: Final = "ebfw.http.duration"
+HTTP_SEQUENCE: Final = "ebfw.http.request.sequence"
+HTTP_PARTIAL: Final = "ebfw.http.partial"
+RPC_METHOD_ORIGINAL: Final = "rpc.method_original"
+RPC_REQUEST_METADATA: Final = "rpc.request.metadata."
+TLS_RESUMED: Final = "tls.resumed"
+TLS_OFFERED: Final = "ebfw.tls.version.offered"
+TLS_ALPN: Final = "ebfw.tls.alpn.offered"
+TLS_ECH: Final = "ebfw.tls.ech"
+TLS_ALERT: Final = "ebfw.tls.alert"
+TLS_DURATION: Final = "ebfw.tls.duration"
+QUIC_VERSION: Final = "ebfw.quic.version"
 PROCESS_PID: Final = "process.pid"
 # The kernel's comm is the executable's name cut to 15 bytes: the nearest that the conventions have.
 PROCESS_EXECUTABLE: Final = "process.executable.name"
@@ -332,6 +350,13 @@ EXPORTED = Metric(
     "ebfw.export.items", "{item}", COUNTER, "Spans, log records and data points that an OTLP receiver took.",
     ("ebfw.signal",),
 )  # fmt: skip
+EXPORT_REQUESTS = Metric(
+    "ebfw.export.requests", "{request}", COUNTER, "Pushes to an OTLP receiver, with their retries, by how they ended.",
+    ("ebfw.signal", "ebfw.outcome"),
+)  # fmt: skip
+EXPORT_TIME = Metric(
+    "ebfw.export.duration", "s", COUNTER, "Time that these pushes took, all together.", ("ebfw.signal", "ebfw.outcome")
+)
 QUEUE = Metric("ebfw.export.queue", "{item}", GAUGE, "Items that wait for OTLP export.", ("ebfw.signal",))
 TABLE_USED = Metric("ebfw.table.used", "{entry}", GAUGE, "Entries in use.", ("ebfw.table",))
 TABLE_SIZE = Metric("ebfw.table.size", "{entry}", GAUGE, "Entries that fit.", ("ebfw.table",))
@@ -360,9 +385,9 @@ WORKLOAD_METRICS: Final = (
     RPC_TIME, FINDINGS, CHECKED, HYGIENE_CONNECTIONS, HYGIENE_REQUESTS, HYGIENE_TIME, PORTS_USED, WORKLOAD_INFO,
 )  # fmt: skip
 AGENT_METRICS: Final = (
-    EVENTS, FILTERED, ATTRIBUTION, UPROBE_ATTACHED, TLS_CONNECTIONS, RECORDS_LOST, EXPORTED, QUEUE, TABLE_USED,
-    TABLE_SIZE, FEATURE, SERIES, SERIES_OVERFLOW, SERIES_EXPIRED, CLAMPED, BUILD_INFO, START_TIME, CPU_TIME, MEMORY,
-    PORTS_AVAILABLE,
+    EVENTS, FILTERED, ATTRIBUTION, UPROBE_ATTACHED, TLS_CONNECTIONS, RECORDS_LOST, EXPORTED, EXPORT_REQUESTS,
+    EXPORT_TIME, QUEUE, TABLE_USED, TABLE_SIZE, FEATURE, SERIES, SERIES_OVERFLOW, SERIES_EXPIRED, CLAMPED, BUILD_INFO,
+    START_TIME, CPU_TIME, MEMORY, PORTS_AVAILABLE,
 )  # fmt: skip
 METRICS: Final = WORKLOAD_METRICS + AGENT_METRICS
 BY_NAME: Final = {metric.name: metric for metric in METRICS}
@@ -477,11 +502,40 @@ ATTRIBUTES: Final = (
         ("ebfw.stage", "string", "where in the agent: ring, table, decode, queue, export"),
         ("ebfw.cause", "string", "why"),
         ("ebfw.signal", "string", "traces, logs or metrics"),
+        ("ebfw.outcome", "string", "success or failure"),
         ("ebfw.table", "string", "which table"),
         ("ebfw.feature", "string", "what the kernel must allow"),
         ("ebfw.metric", "string", "which metric"),
         ("ebfw.version", "string", "the agent's version"),
         ("ebfw.kernel", "string", "the kernel's release"),
+    ),
+    # Of spans and log records only
+    *_attributes(
+        STABLE,
+        (URL_FULL, "string", "the URL, redacted"),
+        (USER_AGENT, "string", "the User-Agent, where EBFW_HTTP_HEADERS names it"),
+        (HTTP_REQUEST_HEADER, "string[]", "a request header that EBFW_HTTP_HEADERS names, redacted"),
+    ),
+    *_attributes(
+        DEVELOPMENT,
+        (HTTP_REQUEST_BODY, "int", "the request's body as sent, compressed or not"),
+        (HTTP_RESPONSE_BODY, "int", "the response's body as received"),
+        (FIRST_BYTE_TIME, "double", "from the request's first byte to the response's first"),
+        (HTTP_DURATION, "double", "from the request's first byte to the response's last"),
+        (HTTP_SEQUENCE, "int", "which request of its connection this is, from 1"),
+        (HTTP_PARTIAL, "string", "midway or lost: a part of the connection was not seen"),
+        (RPC_REQUEST_METADATA, "string[]", "gRPC metadata that EBFW_HTTP_HEADERS names, redacted"),
+        (TLS_RESUMED, "boolean", "whether a session was resumed"),
+        (TLS_OFFERED, "string", "the highest version that the client offers"),
+        (TLS_ALPN, "string[]", "the protocols that the client offers, in its order"),
+        (TLS_ECH, "boolean", "the client offers Encrypted Client Hello: the name is the outer one"),
+        (TLS_ALERT, "string", "the fatal alert that ended it"),
+        (TLS_DURATION, "double", "how long the handshake took"),
+        (QUIC_VERSION, "string", "1 or 2"),
+    ),
+    *_attributes(
+        CANDIDATE,
+        (RPC_METHOD_ORIGINAL, "string", "the method as called, where it is `_OTHER`"),
     ),
 )
 

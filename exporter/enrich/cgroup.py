@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from exporter.enrich import environ
 from exporter.enrich.names import ContainerInfo, ContainerNames
 from exporter.errors import NotPermitted, Unsupported
 from exporter.events import Workload
@@ -284,6 +285,7 @@ TOMBSTONE = 300.0  # s
 UNKNOWN = 4_096
 RETRY = 1.0  # s until an unknown id is tried again
 HANDLES = 2_000  # handle look-ups a second, about 10 us each
+TRIES = 8  # processes of a cgroup whose environment is read
 EVENTS = 256  # inotify events a poll
 SLICE = 0.002  # s of walking the tree a poll
 RESCAN = 60.0  # s; a safety net where inotify sees everything
@@ -323,6 +325,7 @@ class Workloads:
         self._unknown: dict[int, tuple[Workload, float]] = {}
         self._waiting: dict[str, list[int]] = {}  # container id -> cgroups that want its name
         self._changed: list[int] = []
+        self._tries: dict[int, int] = {}  # cgroup id -> processes whose environment was read
         self._watches: dict[int, str] = {}
         self._wds: dict[str, int] = {}
         self._events: deque[tuple[int, int, str]] = deque()
@@ -532,6 +535,7 @@ class Workloads:
 
     def _forget(self, cgroup_id: int) -> None:
         del self._ids[self._paths.pop(cgroup_id)], self._live[cgroup_id]
+        self._tries.pop(cgroup_id, None)
 
     def _bury(self, workload: Workload, now: float) -> None:
         self._tombs.pop(workload.cgroup_id, None)
@@ -609,6 +613,22 @@ class Workloads:
             offset += length
             self._events.append((wd, mask, name))
         return True
+
+    # What workloads say of themselves
+
+    def look_at(self, pid: int) -> None:
+        """Take the resource attributes that a process was started with for its workload's. A few processes of each
+        cgroup are looked at; the first that has any speaks for all. Who logs in speaks for nobody."""
+        cgroup_id = self._ids.get(environ.cgroup_path(pid))
+        workload = self._live.get(cgroup_id) if cgroup_id is not None else None
+        if cgroup_id is None or workload is None or workload.given or workload.kind in ("host", "session"):
+            return
+        tries = self._tries.get(cgroup_id, 0)
+        if tries < TRIES:
+            self._tries[cgroup_id] = tries + 1
+            if given := environ.read(pid):
+                self._live[cgroup_id] = workload._replace(given=given)
+                self._changed.append(cgroup_id)
 
     # Container names
 

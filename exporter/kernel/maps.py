@@ -47,7 +47,7 @@ def specs(flows: int, ring_bytes: int) -> dict[str, MapSpec]:
         MapSpec("settings", bpf.ARRAY, 4, size(wire.Settings), 1),
         MapSpec("sockets", bpf.SK_STORAGE, 4, wire.SOCKET_SIZE, 0, bpf.NO_PREALLOC),
         MapSpec("inspections", bpf.SK_STORAGE, 4, wire.INSPECTION_SIZE, 0, bpf.NO_PREALLOC),
-        MapSpec("scratch", bpf.ARRAY, 4, wire.INSPECTION_SIZE, SCRATCH),
+        MapSpec("scratch", bpf.ARRAY, 4, wire.SCRATCH_SIZE, SCRATCH),
         MapSpec("free_scratch", bpf.STACK, 0, 4, SCRATCH),
         MapSpec("flows", bpf.HASH, size(wire.FlowKey), size(wire.FlowRow), slots),
         MapSpec("traffic", bpf.ARRAY, 4, size(wire.Traffic), slots * wire.STRIPES, bpf.MMAPABLE),
@@ -64,6 +64,11 @@ def specs(flows: int, ring_bytes: int) -> dict[str, MapSpec]:
         MapSpec("tls_streams", bpf.LRU_HASH, wire.TLS_KEY_SIZE, wire.TLS_STREAM_SIZE, 8192),
         MapSpec("tls_calls", bpf.LRU_HASH, 8, wire.TLS_CALL_SIZE, 8192),
         MapSpec("executions", bpf.RINGBUF, 0, 0, EXECUTION_BYTES),
+        MapSpec("http2", bpf.SK_STORAGE, 4, wire.HTTP2_SIZE, 0, bpf.NO_PREALLOC),
+        MapSpec("frames_out", bpf.PROG_ARRAY, 4, 4, 1),
+        MapSpec("frames_in", bpf.PROG_ARRAY, 4, 4, 1),
+        MapSpec("frames_tls", bpf.PROG_ARRAY, 4, 4, 1),
+        MapSpec("tls_http2", bpf.LRU_HASH, wire.TLS_KEY_SIZE, wire.HTTP2_SIZE, 4096),
     )
     assert tuple(spec.name for spec in table) == wire.MAP_IDS
     own = (  # no program uses these: the agent's memory beyond its own life

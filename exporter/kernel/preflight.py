@@ -12,9 +12,10 @@ import resource
 from pathlib import Path
 from typing import IO
 
+from exporter import hpack
 from exporter.errors import EbfwError
 from exporter.kernel import bpf, build, maps, pins
-from exporter.kernel.probes import EXEC_PROBE, GO_PROBES, PROBES, TLS_PROBES, load
+from exporter.kernel.probes import EXEC_PROBE, GO_PROBES, NO_HPACK, PROBES, TAIL_PROBES, TLS_PROBES, load
 from exporter.kernel.tls_libraries import COVERAGE
 
 
@@ -91,6 +92,13 @@ def _try_programs(r: _Report, fds: dict[str, int], flows: int, ring: int) -> Non
             r.line(probe.name, True, "", probe.needed)
         except EbfwError as error:
             r.line(probe.name, False, f"without it: {probe.lost}. {error}", probe.needed)
+    r.line("libnghttp2", hpack.available(), "" if hpack.available() else f"without it: {NO_HPACK}")
+    for probe in TAIL_PROBES:
+        try:
+            os.close(load(probe, code, fds))
+            r.line(probe.name, True, "")
+        except EbfwError as error:
+            r.line(probe.name, False, f"without it: {probe.lost}. {error}")
     try:
         for probe in (*TLS_PROBES, *GO_PROBES):
             os.close(load(probe, code, fds))

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from exporter import hpack
 from exporter.errors import KernelError
 from exporter.health import features
 from exporter.kernel import bpf, build, maps, pins, wire
@@ -46,11 +47,25 @@ PROBES = (
 # Linux 6.6; older kernels load the programs all the same.
 TLS_PROBES = tuple(
     Probe(name, bpf.KPROBE, bpf.UPROBE_MULTI, "HTTP requests inside TLS")
-    for name in ("ssl_write", "ssl_write_return", "ssl_read", "ssl_read_ex", "ssl_read_return", "ssl_free")
+    for name in (
+        "ssl_write",
+        "ssl_write_ex",
+        "ssl_write_return",
+        "ssl_read",
+        "ssl_read_ex",
+        "ssl_read_return",
+        "ssl_free",
+    )
 )
 GO_PROBES = tuple(
     Probe(name, bpf.KPROBE, bpf.UPROBE_MULTI, "HTTP requests inside TLS of Go programs")
     for name in ("go_write", "go_read", "go_read_return", "go_close")
+)
+# In maps of their names, from which egress, ingress and what is on TLS libraries call them.
+TAIL_PROBES = (
+    Probe("frames_out", bpf.CGROUP_SKB, bpf.EGRESS, "HTTP/2 and gRPC requests"),
+    Probe("frames_in", bpf.CGROUP_SKB, bpf.INGRESS, "answers to HTTP/2 and gRPC requests"),
+    Probe("frames_tls", bpf.KPROBE, bpf.UPROBE_MULTI, "HTTP/2 and gRPC requests inside TLS"),
 )
 EXEC_PROBE = Probe("exec", bpf.RAW_TRACEPOINT, 0, "TLS libraries of processes that live a few seconds")
 UNLINKED: dict[str, tuple[Probe, ...]] = {
@@ -125,6 +140,9 @@ def load(probe: Probe, code: dict[str, bytes], fds: dict[str, int]) -> int:
         return bpf.prog_load(probe.kind, patch(code["ebfw_" + probe.name], fds), "ebfw_" + probe.name, probe.attach)
     except OSError as error:
         raise bpf.why(error, f"loading the BPF program {probe.name}") from None
+
+
+NO_HPACK = f"{TAIL_PROBES[0].lost} (libnghttp2.so.14 is missing; Debian's package is libnghttp2-14)"
 
 
 class Kernel:
@@ -228,9 +246,11 @@ class Kernel:
                 self.adopted_programs = True
                 for probe in PROBES:
                     features.set(probe.name, True, "")
+                features.set("http2", hpack.available(), NO_HPACK)
                 self._open_unlinked()
                 return
             code = build.compile_programs()
+            self._load_tail_programs(code)  # first: what calls them may find them
             for probe in PROBES:
                 self._attach_one(probe, code, cgroup, cgroup_id)
             self._load_unlinked(code)
@@ -249,7 +269,28 @@ class Kernel:
                     return False
             finally:
                 os.close(link)
-        return True
+        # Where the library for header blocks has come or gone since, the tail programs must do the same.
+        return all((self._tail_program(probe) is not None) == hpack.available() for probe in TAIL_PROBES)
+
+    def _tail_program(self, probe: Probe) -> bytes | None:
+        return bpf.map_lookup(self.maps[probe.name], bytes(4), 4)
+
+    def _load_tail_programs(self, code: dict[str, bytes]) -> None:
+        features.set("http2", hpack.available(), NO_HPACK)
+        for probe in TAIL_PROBES:
+            if not hpack.available():
+                if self._tail_program(probe) is not None:
+                    bpf.map_delete(self.maps[probe.name], bytes(4))
+                continue
+            try:
+                program = load(probe, code, self.maps)
+            except KernelError as error:
+                features.set("http2", False, f"{probe.lost} ({error})")
+                continue
+            try:
+                bpf.map_update(self.maps[probe.name], bytes(4), struct.pack("<I", program))
+            finally:
+                os.close(program)
 
     def _link_path(self, probe: Probe) -> str:
         return str(self.pin_path / f"link_{probe.name}")

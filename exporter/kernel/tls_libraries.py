@@ -59,7 +59,7 @@ _READ = (("ssl_read", False), ("ssl_read_return", True))
 # the first request may come within milliseconds.
 FUNCTIONS: dict[bytes, tuple[tuple[str, bool], ...]] = {
     b"SSL_write": _WRITE,
-    b"SSL_write_ex": _WRITE,
+    b"SSL_write_ex": (("ssl_write_return", True), ("ssl_write_ex", False)),
     b"SSL_read": _READ,
     b"SSL_read_ex": (("ssl_read_ex", False), ("ssl_read_return", True)),
     b"SSL_free": (("ssl_free", False),),

@@ -35,6 +35,11 @@ MAP_IDS = (
     "tls_streams",
     "tls_calls",
     "executions",
+    "http2",
+    "frames_out",
+    "frames_in",
+    "frames_tls",
+    "tls_http2",
 )  # enum map_id, from 1
 
 ROLES = ("unknown", "client", "server")
@@ -51,6 +56,7 @@ TALLIES = (
     ("decode", "client_hello"),
     ("table", "scratch"),
     ("ring", "executions_full"),
+    ("decode", "h2_frames"),
     ("filtered", "connect"),
     ("filtered", "close"),
     ("filtered", "tls"),
@@ -69,11 +75,18 @@ TALLIES = (
     RECORD_RESPONSE,
     RECORD_RECEIVED,
     RECORD_TLS_CLOSED,
-) = range(1, 12)
+    RECORD_SERVER_HELLO,
+    RECORD_HANDSHAKE_END,
+    RECORD_QUIC_INITIAL,
+    RECORD_FRAMES_OUT,
+    RECORD_FRAMES_IN,
+) = range(1, 17)
 
 OUTCOMES = ("", "ok", "refused", "timed_out", "cancelled", "unreachable", "denied", "reset")
 
-RECORD_TRUNCATED, RECORD_PROXIED, RECORD_HEAD_END, RECORD_LAST_CHUNK = 1, 2, 4, 8
+RECORD_TRUNCATED, RECORD_PROXIED, RECORD_HEAD_END, RECORD_LAST_CHUNK, RECORD_ABANDONED = 1, 2, 4, 8, 16
+RECORD_CUT, KEY_SHARE_KEPT = 32, 128
+RECORD_BROKEN, RECORD_EXCLUDED = 64, 128
 
 Address = c.c_uint8 * 16
 
@@ -198,5 +211,7 @@ assert FLOW_ROW.size == c.sizeof(FlowRow)
 assert EXECUTION.size == c.sizeof(Execution)
 
 SOCKET_SIZE = 192
-TLS_KEY_SIZE, TLS_STREAM_SIZE, TLS_CALL_SIZE = 16, 48, 32
-INSPECTION_SIZE = 1236
+TLS_KEY_SIZE, TLS_STREAM_SIZE, TLS_CALL_SIZE = 16, 48, 48
+INSPECTION_SIZE = 1244
+SCRATCH_SIZE = 1448
+HTTP2_SIZE = 120

@@ -394,12 +394,12 @@ def run(start: Callable[..., Client]) -> Callable[..., Client]:
 
 
 @contextlib.contextmanager
-def far_echo(netns: Namespace, address: str, kind: socket.SocketKind) -> Iterator[int]:
+def far_echo(netns: Namespace, address: str, kind: socket.SocketKind, port: int = 0) -> Iterator[int]:
     """An echo server in a namespace, outside the cgroup; its port."""
     with netns.entered():
         sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((address, 0))
+    sock.bind((address, port))
     if kind == socket.SOCK_STREAM:
         sock.listen(100)
     sock.settimeout(0.1)

@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import time
+from collections import Counter
 
 import pytest
 
@@ -312,6 +313,24 @@ def test_excluded_addresses(late, start, run, lab, servers, tmp_path):
         assert len(watch.moved) == 3
         assert {e.dst for e in watch.events} == {SERVERS4[0]}
         assert watch.tallies() == {"filtered/connect": 2 * N, "filtered/close": 2 * N}
+
+
+@pytest.mark.core
+def test_d12_connections_to_an_excluded_collector_are_known_and_not_told(late, run, lab, tmp_path):
+    """By the two ports of OTLP; everything else that is excluded makes no record."""
+    with attach(late.path, tmp_path / "pins", exclude=[ipaddress.ip_network("127.0.0.0/8")]) as tap:
+        watch = Watch(tap, {late.id})
+        for otlp in (4317, 4318):
+            with far_echo(lab.pods, "127.0.0.1", socket.SOCK_STREAM, otlp) as port:
+                run(TCP_CLIENT, cgroup=late, peer="127.0.0.1", port=port, n=N)
+        with far_echo(lab.pods, "127.0.0.1", socket.SOCK_STREAM) as port:
+            run(TCP_CLIENT, cgroup=late, peer="127.0.0.1", port=port, n=N)
+        watch.until(lambda w: w.total.closed == 3 * N)
+        assert Counter((e.kind, e.port, e.filtered) for e in watch.events) == {
+            (CONNECT, 4317, True): N,
+            (CONNECT, 4318, True): N,
+        }
+        assert watch.tallies() == {"filtered/connect": 3 * N, "filtered/close": 3 * N}
 
 
 @pytest.mark.core

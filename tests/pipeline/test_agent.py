@@ -50,6 +50,7 @@ HEADERS = (
 )
 QUICK = {
     "EBFW_LOGS": "all",
+    "EBFW_CONNECTION_SPANS": "all",
     "EBFW_INSPECT_HEADERS": "true",
     "EBFW_NODE_NAME": "node-of-the-test",
     "OTEL_BSP_SCHEDULE_DELAY": "200",
@@ -243,6 +244,9 @@ def test_metrics(seen: Seen, world: World) -> None:
     assert page.rows("ebfw_workload_info", k8s_pod_uid=POD_UID, container_id=CONTAINER_ID)
     assert page.rows("ebfw_workload_info", ebfw_systemd_unit="web.service", service_name="web.service")
     assert page.total("ebfw_events_total", kind="https") == 2
+    assert page.total("http_client_request_duration_seconds_count", http_response_status_code="200", **shop) == 5
+    assert page.total("http_client_active_requests", **shop) == 0
+    assert page.total("ebfw_tcp_open_connections", **shop) == 0
     assert page.total("ebfw_attribution_total", result="miss") == 0
     assert not [row for row in page.rows("ebfw_records_lost_total") if row.value]
 
@@ -257,6 +261,19 @@ def test_otlp(seen: Seen, protocol: str) -> None:
     assert names["DNS lookup inside.lab.example"] > 3
     assert names[f"socket connect [{SERVERS6[0]}]:80"] >= 1
     assert names[f"socket connect {SERVERS4[0]}:443"] + names[f"socket connect [{SERVERS6[0]}]:443"] == 2
+    requests = [span for _, span in shop if span.name.startswith("GET /inside/")]
+    assert len(requests) == 5
+    roots = {span.span_id: span for _, span in shop if span.name == "connection"}
+    steps = [span for _, span in shop if span.parent_span_id]
+    assert len(roots) == sum(count for name, count in names.items() if name.startswith("socket connect"))
+    for step in steps:  # D7
+        root = roots[step.parent_span_id]
+        assert step.trace_id == root.trace_id
+        assert step.start_time_unix_nano >= root.start_time_unix_nano - 1_000_000
+    assert {attributes(span)["http.response.status_code"] for span in requests} == {200}
+    # Over TLS no socket is known, so there is nothing to link to.
+    assert all(span.links for span in requests if attributes(span)["url.scheme"] == "http")
+    assert {link.span_id for span in requests for link in span.links} <= roots.keys()
     assert all(span.end_time_unix_nano > span.start_time_unix_nano for _, span in shop)
     assert all(abs(span.end_time_unix_nano - time.time_ns()) < 600e9 for _, span in shop)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import ssl
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from lab import Cgroup
+from lab.net import SERVERS4
 from lab.tools import tool
 from tests.pipeline.conftest import Agent, Host, World, eventually
 
@@ -188,3 +190,62 @@ def test_client(agent: Agent, world: World, folder: Path, name: str) -> None:
     targets = [row["target"] for row in world.servers.log("https", "request")]
     assert sum(target.startswith(f"/{name}/") for target in targets) == N
     assert sum(target.startswith(f"/out-{name}/") for target in targets) == N
+
+
+def test_short_lives(agent: Agent, world: World) -> None:
+    """One request each by N processes, one after the other, with a library that nobody had seen: the first may go
+    unseen, no other, and all have their class."""
+    private = world.private("short")
+    before = connections(agent, "openssl"), agent.metrics().total("ebfw_tls_connections_total")
+    for n in range(N):
+        argv = ("curl", "-sS", "-m", "20", f"https://inside.lab.example/short/{n}")
+        done = agent.host.shop.run(argv, netns=world.lab.pods, env=world.environment(private), capture_output=True)
+        assert done.stdout == BODY.encode(), done.stderr
+    eventually(lambda: agent.metrics().total("ebfw_tls_connections_total") == before[1] + N)
+    time.sleep(0.5)
+    seen = [event["path"] for event in requests(agent, "/short/")]
+    assert seen in ([f"/short/{n}" for n in range(N)], [f"/short/{n}" for n in range(1, N)])
+    assert connections(agent, "openssl") - before[0] in (N, N - 1)
+
+
+def test_many_at_once(agent: Agent, world: World) -> None:
+    """200 processes that begin together, with a library that is probed: 200 requests, 200 connections."""
+    private = world.private("many")
+    holder = world.popen(agent.host.shop, "import ssl, sys; print('ready'); sys.stdin.read()", libraries=private)
+    library = next((private / "lib").glob("libssl*"))
+    eventually(lambda: f"probes are on {library}" in agent.log, 20)
+    before = connections(agent, "openssl")
+    name = f"inside.lab.example:443:{SERVERS4[0]}"  # 400 questions at once are too many for the lab
+    processes = [
+        agent.host.shop.popen(
+            ("curl", "-sS", "-m", "60", "--resolve", name, f"https://inside.lab.example/many/{n}"),
+            netns=world.lab.pods,
+            env=world.environment(private),
+            stdout=subprocess.DEVNULL,
+        )
+        for n in range(200)
+    ]
+    assert [process.wait(60) for process in processes] == [0] * 200
+    found = eventually(lambda: len(requests(agent, "/many/")) >= 200 and requests(agent, "/many/"))
+    time.sleep(0.5)
+    assert len(requests(agent, "/many/")) == 200
+    assert {event["path"] for event in found} == {f"/many/{n}" for n in range(200)}
+    assert {event["pid"] for event in found} == {process.pid for process in processes}
+    assert {event["http_status"] for event in found} == {200}
+    eventually(lambda: connections(agent, "openssl") == before + 200)
+    holder.communicate(timeout=10)
+
+
+def test_without_a_library(agent: Agent, world: World) -> None:
+    """A ClientHello of a program's own making: its connection counts, as one that is not seen into."""
+    hello = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context = ssl.create_default_context()
+        context.wrap_bio(ssl.MemoryBIO(), hello, server_hostname="inside.lab.example").do_handshake()
+    before = connections(agent, "none")
+    code = "import socket, sys; s = socket.create_connection(('inside.lab.example', 443)); "
+    code += "s.sendall(bytes.fromhex(sys.argv[1])); s.recv(10); sys.stdin.read()"
+    process = world.popen(agent.host.shop, code, hello.read().hex())
+    eventually(lambda: connections(agent, "none") == before + 1)
+    process.communicate(timeout=10)
+    assert "first TLS connection of class none: no function that we know" in agent.log

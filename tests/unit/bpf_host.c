@@ -21,6 +21,13 @@ typedef __s64 s64;
 #include "lib/packet.h"
 #include "lib/head.h"
 
+/* Where the digest goes, and what was lost: given by whoever includes frames.h. */
+struct walk;
+struct frames;
+static void digest_out(struct walk *w);
+static void frames_lose(void);
+#include "lib/frames.h"
+
 #define HEAD_LIMIT 8192 /* as in packets.h */
 #define BASE 40         /* what lies before the payload in the packet */
 
@@ -145,6 +152,86 @@ void host_head(const u8 *stream, const struct piece *pieces, u32 count, struct a
 	free(in);
 }
 
+/* What goes up the ring, one after the other. */
+struct told {
+	u32 told;
+	u32 left;
+	u32 piece; /* in which piece */
+	u32 broken;
+	u32 length;
+	u8 bytes[DIGEST_MOST + DIGEST_CHUNK];
+};
+
+static struct {
+	struct told *to;
+	u32 room, count, piece, lost;
+} out;
+
+static void digest_out(struct walk *w)
+{
+	struct told *t;
+
+	if (out.count >= out.room)
+		return;
+	t = &out.to[out.count++];
+	t->told = w->head.offset;
+	t->left = w->head.sequence;
+	t->broken = w->head.flags & RECORD_BROKEN;
+	t->piece = out.piece;
+	t->length = w->used;
+	memcpy(t->bytes, w->bytes, w->used);
+}
+
+static void frames_lose(void)
+{
+	out.lost++;
+}
+
+#define RUNS 33 /* as in packets.h: as often as a program may call itself */
+
+/*
+ * Segments of one direction, in the order in which they come; how many records went up. `state`: enum walking to begin
+ * with. `memory`: plaintext, whose pieces come in order.
+ */
+u32 host_frames(const u8 *stream, const struct piece *pieces, u32 count, u32 state, int memory, struct told *to, u32 room,
+		u32 *lost)
+{
+	struct frames *f = calloc(1, sizeof(*f));
+	struct walk *w = calloc(1, sizeof(*w));
+
+	memset(&out, 0, sizeof(out));
+	out.to = to;
+	out.room = room;
+	f->state = state;
+	f->next = 0xfffff000; /* sequence numbers wrap */
+	f->left = state == WALK_PREFACE ? PREFACE_LENGTH : 0;
+	for (u32 i = 0; i < count; i++) {
+		struct source from = packet_of(stream, pieces[i]);
+		int more = 1;
+
+		out.piece = i;
+		w->memory = (u64)(from.data + BASE);
+		w->base = BASE;
+		w->length = pieces[i].length;
+		w->position = 0;
+		for (int run = 0; run < RUNS && more; run++) {
+			if (!memory && !frames_place(f, w, 0xfffff000 + pieces[i].at))
+				more = 0;
+			else
+				more = frames_run(f, w, &from, memory);
+		}
+		if (more) {
+			frames_lost(f);
+			f->next += w->length - w->position;
+		}
+		free((void *)from.data);
+	}
+	*lost = out.lost;
+	free(f);
+	free(w);
+	return out.count;
+}
+
 #if defined(FUZZ) || defined(LIBFUZZER)
 #define MOST 512 /* pieces */
 
@@ -211,6 +298,23 @@ static int same(const struct answer *a, const struct answer *b)
 	       !memcmp(a->text, b->text, a->name_length) && !memcmp(a->reversed, b->reversed, NAME_SIZE);
 }
 
+/* The digest of both, one behind the other; 0 where a place was lost. */
+static u32 digest_of(const u8 *data, const struct piece *pieces, u32 count, int memory, u8 *to)
+{
+	static struct told records[4096];
+	u32 lost, length = 0, n = host_frames(data, pieces, count, WALK_START, memory, records, 4096, &lost);
+
+	for (u32 i = 0; i < n; i++) {
+		must(records[i].length && records[i].length <= sizeof(records[i].bytes), "length of a record");
+		must(records[i].told == length || records[i].broken, "records follow each other");
+		if (length + records[i].length > 1 << 20)
+			return 0;
+		memcpy(to + length, records[i].bytes, records[i].length);
+		length += records[i].length;
+	}
+	return lost ? 0 : length;
+}
+
 /* A case: which parser, how to cut (3 bytes), then the bytes. */
 int LLVMFuzzerTestOneInput(const u8 *data, size_t size)
 {
@@ -224,7 +328,7 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t size)
 		return 0;
 	length = one.length = size - 4;
 	count = cut(pieces, length, data[1] | data[2] << 8 | (u32)data[3] << 16);
-	switch (data[0] % 3) {
+	switch (data[0] % 4) {
 	case 0:
 		if (host_parse(data + 4, length, length, &p) == 0 && p.length)
 			must(p.payload + p.length == length, "the payload ends with the packet");
@@ -237,6 +341,14 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t size)
 		/* a whole hello may fail for more items than one segment may hold */
 		must(whole.status == READ_FAILED || same(&whole, &parts), "a cut hello reads as a whole one");
 		break;
+	case 3: {
+		static u8 a[1 << 20], b[1 << 20];
+		u32 in_one = digest_of(data + 4, &one, 1, 1, a), in_parts = digest_of(data + 4, pieces, count, 0, b);
+
+		if (in_one && in_parts)
+			must(in_one == in_parts && !memcmp(a, b, in_one), "a cut stream has the digest of a whole one");
+		break;
+	}
 	default:
 		host_head(data + 4, &one, 1, &whole);
 		host_head(data + 4, pieces, count, &parts);

@@ -605,14 +605,29 @@ def seeds() -> list[list[bytes]]:
         [options, struct.pack("!IHBB", 6 << 28, 0, 0, 64) + v6 + v6 + chain + tcp],
         [stream for stream, _ in HELLOS.values()],
         [stream for stream, _ in HEADS.values()],
+        [
+            b"".join(
+                [
+                    frame(4, 0, 0, 12),
+                    frame(1, 4, 1, 60),
+                    frame(0, 8, 1, 30) * 9,
+                    frame(0, 1, 1, 700),
+                    frame(1, 5, 3, 400),
+                ]
+            )
+        ],
     ]
+
+
+def frame(kind: int, flags: int, stream: int, size: int) -> bytes:
+    return struct.pack("!IBBI", size, kind, flags, stream)[1:] + b"\x05" * size
 
 
 def cases(count: int) -> Iterator[bytes]:
     """For bpf_host.c: the parser, three bytes that say how to cut, then what it reads."""
     rng, inputs = random.Random(3), seeds()
     for i in range(count):
-        kind = i % 3
+        kind = i % 4
         data = rng.randbytes(rng.randrange(200)) if rng.random() < 0.1 else mutated(rng, inputs[kind])
         yield bytes([kind]) + rng.randbytes(3) + data
 
@@ -623,7 +638,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
         program = compiled(tmp_path / "fuzz", "-DFUZZ", *SANITIZE)
     except subprocess.CalledProcessError:
         program = compiled(tmp_path / "fuzz", "-DFUZZ")  # no sanitizers here: bpf_host.c's own checks only
-    batch = list(cases(6000))
+    batch = list(cases(8000))
     fed = b"".join(struct.pack("=I", len(case)) + case for case in batch)
     ran = subprocess.run([program], input=fed, capture_output=True, timeout=100, check=False)
     assert (ran.returncode, ran.stdout) == (0, b"%d\n" % len(batch)), ran.stderr.decode(errors="replace")

@@ -186,7 +186,7 @@ def test_a_path_is_read_as_its_workload(path: str) -> None:
     expected = {"cgroup_id": 7, "path": path, **PATHS[path]}
     assert {field: workload[field] for field in expected} == expected
     others = set(workload) - set(expected)
-    assert {field: workload[field] for field in others if workload[field] not in ("", None)} == {}
+    assert {field: workload[field] for field in others if workload[field] not in ("", None, ())} == {}
 
 
 def test_a_static_pods_uid_is_told_apart() -> None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.emit.console import BATCH, Console, JsonFormat, TextFormat, _duration, _size
-from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, TLS, Event, Workload
+from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, TLS, Event, Tls, Workload
 from exporter.health import losses
 
 NODE = "node-1"
@@ -28,6 +28,11 @@ POD = Workload(
 )  # fmt: skip
 UNIT = Workload(8, "/system.slice/a.service", "unit", "a.service", unit="a.service")
 WHEN = 1_700_000_000_120_000_000
+
+
+SHOWN = Tls(
+    "1.3", "1.3", ("h2", "a b"), "X25519MLKEM768", True, True, "t13d1516h2_8daaf6152771_e5627efa2ab1", False
+)  # fmt: skip
 
 
 def event(kind: str, **change: object) -> Event:
@@ -74,6 +79,15 @@ def line(given_event: Event) -> str:
         (
             event(TLS, name_source="sni"),
             "TLS      10.0.0.5 -> example.com  (93.184.216.34:443)  unit=a.service proc=curl[42] via=sni",
+        ),
+        (
+            event(TLS, name_source="sni", status="ok", duration=4_500_000, tls=SHOWN),
+            "TLS      10.0.0.5 -> example.com  (93.184.216.34:443)  unit=a.service status=ok took=4.5ms version=1.3 "
+            "alpn=h2,a\\x20b proc=curl[42] via=sni",
+        ),
+        (
+            event(TLS, transport="udp", pid=0, tls=Tls(offered="1.3", alpn=("h3",), quic="2")),
+            "TLS      10.0.0.5 -> example.com  (93.184.216.34:443)  unit=a.service quic=2 offered=1.3 alpn=h3 via=dns",
         ),
         (
             event(HTTP, method="GET", path="/a?b=REDACTED", name_source="host", headers=(("A", "b c"),)),
@@ -172,6 +186,25 @@ def test_json_has_the_seeds_fields_and_ours() -> None:
         "rtt_ms": 0.25,
         "answers": ["192.0.2.1"],
         "proxy": "192.0.2.9:1",
+    }
+
+
+def test_json_of_a_handshake() -> None:
+    assert json.loads(JsonFormat().line(event(TLS, tls=SHOWN)))["tls"] == {
+        "version": "1.3",
+        "offered": "1.3",
+        "group": "X25519MLKEM768",
+        "ja4": "t13d1516h2_8daaf6152771_e5627efa2ab1",
+        "alpn": ["h2", "a b"],
+        "post_quantum": True,
+        "ech": True,
+        "resumed": False,
+    }
+    failed = Tls(offered="1.2", alert="handshake_failure", quic="1")
+    assert json.loads(JsonFormat().line(event(TLS, tls=failed)))["tls"] == {
+        "offered": "1.2",
+        "alert": "handshake_failure",
+        "quic": "1",
     }
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from exporter import decode, lookups
 from exporter.emit.console import JsonFormat, TextFormat
 from exporter.emit.logs import Notable
-from exporter.emit.spans import span
+from exporter.emit.spans import step
 from exporter.events import Event, Workload
 from exporter.health import losses
 from exporter.kernel import wire
@@ -345,8 +345,7 @@ def test_d3_a_step_of_a_search_list_is_no_failure_anywhere(world: World) -> None
     (event,) = world.expire(2 * SECOND)
     assert event.status == "NXDOMAIN"
     assert Notable().of(event) is None
-    told = span(event)
-    assert told is not None
+    told = step(event)
     assert not told.failed
     assert dict(told.attributes)["ebfw.dns.search_expansion"] is True
     assert json.loads(JsonFormat().line(event))["search_expansion"] is True

@@ -17,7 +17,7 @@ from exporter import health
 from exporter.emit import semconv as c
 from exporter.emit.metrics import Metrics
 from exporter.emit.resource import Resources
-from exporter.events import Counts, Event, Flow, Workload
+from exporter.events import Counts, Event, Exchange, Flow, Workload
 
 SSHD = Workload(7, "/system.slice/ssh.service", "unit", "ssh.service", unit="ssh.service")
 
@@ -333,6 +333,28 @@ def test_dns_names_are_capped_and_errors_survive_the_fold() -> None:
     assert len(found) == 11
 
 
+def test_strange_errors_of_lookups_are_one_beyond_the_cap() -> None:
+    """Extended codes go up to 4,095, and whoever answers chooses them."""
+    metrics, _ = make(dns_limit=10)
+    for n in range(1000):
+        metrics.observe(event("dns", domain="h", status=f"RCODE{n}"))
+    counts = {key: sum(value[:-1]) for key, value in histogram(metrics, c.DNS_TIME).items()}
+    assert len(counts) == 10
+    assert counts[(c.DNS_QUESTION_NAME, "~other"), (c.ERROR_TYPE, "_OTHER")] == 991
+
+
+def test_what_is_remembered_of_labels_is_bounded() -> None:
+    metrics, _ = make(limit=10)
+    exchange = Exchange("2", "https", 200, grpc_status=0)
+    for n in range(10_000):
+        metrics.observe_all(
+            (event("https", domain=f"h{n}", path=f"/a.B/c{n}", exchange=exchange), event(domain=f"h{n}"))
+        )
+    assert all(len(known.fast) <= 4096 for known in metrics._store.cgroups.values())
+    metrics.expire()
+    assert not any(known.fast for known in metrics._store.cgroups.values())
+
+
 def test_the_agents_totals_never_go_down() -> None:
     metrics, _ = make()
     for value in (5, 9, 3, 10):
@@ -486,6 +508,9 @@ def test_names_are_the_conventions() -> None:
         dns_attributes as dns,
     )
     from opentelemetry.semconv._incubating.attributes import (
+        http_attributes as http,
+    )
+    from opentelemetry.semconv._incubating.attributes import (
         k8s_attributes as k8s,
     )
     from opentelemetry.semconv._incubating.attributes import (
@@ -510,6 +535,9 @@ def test_names_are_the_conventions() -> None:
         url_attributes as url,
     )
     from opentelemetry.semconv._incubating.attributes import (
+        user_agent_attributes as user_agent,
+    )
+    from opentelemetry.semconv._incubating.attributes import (
         user_attributes as user,
     )
     from opentelemetry.semconv.attributes import (
@@ -521,8 +549,8 @@ def test_names_are_the_conventions() -> None:
     known = {
         value
         for module in (
-            container, dns, k8s, network, process, rpc, service, telemetry, tls, url, user, error_attributes,
-            http_attributes, server_attributes,
+            container, dns, http, k8s, network, process, rpc, service, telemetry, tls, url, user, user_agent,
+            error_attributes, http_attributes, server_attributes,
         )
         for value in vars(module).values()
         if isinstance(value, str)
@@ -531,7 +559,7 @@ def test_names_are_the_conventions() -> None:
         value
         for name, value in vars(c).items()
         if name.isupper() and isinstance(value, str) and "." in value and not value.startswith(("ebfw.", "otel."))
-    } - {c.HOST_NAME, c.SCHEMA_URL, c.HTTP_REQUEST_HEADER}
+    } - {c.HOST_NAME, c.SCHEMA_URL, c.HTTP_REQUEST_HEADER, c.RPC_REQUEST_METADATA}
     assert ours <= known
 
 

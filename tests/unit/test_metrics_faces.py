@@ -317,6 +317,19 @@ def test_exemplar_filter(choice: str, count: int) -> None:
     assert sum("trace_id" in labels for _, _, labels, _ in found) == min(count, 1)
 
 
+def test_of_many_spans_some_become_exemplars() -> None:
+    metrics, clock = make()
+    made = event()
+    for n in range(1, 2001):
+        metrics.observe(made)
+        metrics.exemplify(made, (n.to_bytes(16, "big"), n.to_bytes(8, "big")))
+    assert int(exemplars(metrics)[0][2]["trace_id"], 16) == 2000 // 32 * 32
+    clock.seconds += 5
+    metrics.expire()
+    metrics.exemplify(made, TRACE)
+    assert exemplars(metrics)[0][2]["trace_id"] == TRACE[0].hex()
+
+
 def test_exemplars_are_bounded() -> None:
     metrics, _ = make()
     for n in range(1000):

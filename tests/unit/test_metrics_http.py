@@ -188,6 +188,15 @@ def test_handshakes() -> None:
         ("tcp", "1.2", "", False, "handshake_failure"): 8,
         ("quic", "1.3", "", False, ""): 1,
     }
+
+
+def test_handshakes_without_an_answer() -> None:
+    """A close and a timeout have no alert, and are errors all the same."""
+    metrics, _ = make()
+    for status in ("closed", "closed", "timeout", "ok"):
+        metrics.observe(TLS13._replace(tls=Tls(), status=status, duration=None if status == "timeout" else 5))
+    assert read(metrics, c.TLS_HANDSHAKES, "error.type") == {("closed",): 2, ("timeout",): 1, ("",): 1}
+    assert {dict(key).get("error.type"): n for key, n in shown(metrics, c.TLS_TIME).items()} == {"closed": 2, None: 1}
     metrics, _ = make(attributes=("ebfw.tls.ja4",))
     metrics.observe(TLS13)
     metrics.observe(TLS13._replace(tls=TLS13.tls and TLS13.tls._replace(ja4="t12d")))

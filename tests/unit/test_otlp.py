@@ -6,6 +6,7 @@ Excluded: a real Collector and Prometheus (tests/pipeline).
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -16,28 +17,15 @@ from typing import Any
 import pytest
 
 from exporter import health
-from exporter.emit import otlp, otlp_settings, prometheus
+from exporter.emit import otlp, prometheus
 from exporter.emit import semconv as c
-from exporter.emit.logs import Notable, record
+from exporter.emit.instrumented import Instrumented
 from exporter.emit.metrics import Metrics
 from exporter.emit.resource import Resources
-from exporter.emit.spans import span
-from exporter.events import Counts, Event, Flow, Workload
+from exporter.emit.setup import ALL, Setups
+from exporter.events import Counts, Flow, Workload
 from tests.pipeline.otlp_receiver import Receiver, attributes
-
-WEB = Workload(
-    1, "/kubepods/x", "pod", "web-0", "uid-1", "c" * 64, "containerd", "burstable",
-    pod_name="web-0", namespace="shop", container_name="nginx",
-)  # fmt: skip
-SSHD = Workload(2, "/system.slice/ssh.service", "unit", "ssh.service", unit="ssh.service")
-EVENT = Event(
-    "connect", 1_700_000_000_000_000_000, WEB, 42, "curl", "tcp", "client", "10.0.0.9", 40000, "192.0.2.1",
-    443, "internet", "example.com", "sni", "ok", 20_000_000, cookie=(1 << 63) + 1,
-)  # fmt: skip
-LOOKUP = EVENT._replace(
-    kind="dns", domain="db.example.com", dst="10.0.0.53", port=53, transport="udp", status="NXDOMAIN",
-    dns_type="A", duration=3_000_000,
-)  # fmt: skip
+from tests.unit.samples import EVENT, HELLO, LOOKUP, PARENT, REQUEST, SSHD, UNSAMPLED, WEB, outcome
 
 
 class Rig:
@@ -88,6 +76,7 @@ def test_every_signal_arrives_under_the_resource_of_its_workload(receiver: Recei
     rig.otlp.emit(EVENT)
     rig.otlp.emit(EVENT._replace(workload=SSHD, status="refused"))
     rig.otlp.emit(LOOKUP)
+    rig.otlp.emit(REQUEST)
     rig.metrics.add(
         Flow(WEB, "client", "tcp", "192.0.2.1", 443, "internet", "example.com", "sni"),
         Counts(tx_bytes=100),
@@ -97,7 +86,7 @@ def test_every_signal_arrives_under_the_resource_of_its_workload(receiver: Recei
     rig.otlp.shutdown()
 
     spans = {found.name: (resource, found) for resource, found in receiver.spans()}
-    assert set(spans) == {"socket connect 192.0.2.1:443", "DNS lookup db.example.com"}
+    assert set(spans) == {"connection", "socket connect 192.0.2.1:443", "DNS lookup db.example.com", "GET"}
     resource, lookup = spans["DNS lookup db.example.com"]
     assert resource == {
         "host.name": "host1",
@@ -121,8 +110,14 @@ def test_every_signal_arrives_under_the_resource_of_its_workload(receiver: Recei
     assert lookup.end_time_unix_nano - lookup.start_time_unix_nano == 3_000_000
     assert attributes(lookup)["error.type"] == "host_not_found"
     assert (len(lookup.trace_id), len(lookup.span_id)) == (16, 8)
-    found = [(resource["service.name"], span.status.code) for resource, span in receiver.spans()]
-    assert sorted(found) == [("ssh.service", 2), ("web-0", 0), ("web-0", 2)]
+    found = [(resource["service.name"], span.name, span.status.code) for resource, span in receiver.spans()]
+    assert sorted(found) == [
+        ("ssh.service", "connection", 2),
+        ("ssh.service", "socket connect 192.0.2.1:443", 2),
+        ("web-0", "DNS lookup db.example.com", 2),
+        ("web-0", "GET", 0),
+        ("web-0", "connection", 2),
+    ]
 
     logs = {(resource["service.name"], log.event_name): log for resource, log in receiver.logs()}
     assert set(logs) == {
@@ -149,7 +144,7 @@ def test_every_signal_arrives_under_the_resource_of_its_workload(receiver: Recei
         "ebfw.connection.state": "opened",
         "ebfw.connect.duration": 0.02,
         "ebfw.connection.id": "8000000000000001",
-        "ebfw.destination.first_seen": "true",
+        "ebfw.destination.first_seen": True,
     }
     assert logs["ssh.service", "ebfw.egress.connection"].severity_number == 13
 
@@ -261,12 +256,12 @@ def test_headers_and_compression_reach_the_receiver_and_no_log(
     assert "canary" not in repr(rig.otlp.settings)
 
 
-def test_a_refusal_is_retried_after_what_the_receiver_said(receiver: Receiver, protocol: str) -> None:
+def test_d19_a_refusal_is_retried_after_what_the_receiver_said(receiver: Receiver, protocol: str) -> None:
     receiver.refuse, receiver.retry_after = 1, 1
     rig = Rig(url(receiver, protocol), protocol, {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"})
     rig.otlp.start()
     started = time.monotonic()
-    rig.otlp.emit(EVENT)
+    rig.otlp.emit(REQUEST)
     receiver.wait(lambda: receiver.requests)
     assert 0.9 < time.monotonic() - started < 6
     rig.otlp.shutdown()
@@ -278,17 +273,17 @@ def test_what_no_receiver_takes_is_counted(receiver: Receiver, protocol: str) ->
     rig = Rig(url(receiver, protocol), protocol, {"OTEL_METRICS_EXPORTER": "none"})
     rig.otlp.start()
     for n in range(23):
-        rig.otlp.emit(EVENT._replace(domain=f"h{n}"))
+        rig.otlp.emit(REQUEST._replace(domain=f"h{n}"))
     rig.otlp.shutdown()
     assert rig.lost("failed") == 23 * 2
 
 
-def test_partial_success_is_counted(receiver: Receiver, protocol: str) -> None:
+def test_d19_partial_success_is_counted(receiver: Receiver, protocol: str) -> None:
     receiver.reject = 3
     rig = Rig(url(receiver, protocol), protocol, {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"})
     rig.otlp.start()
     for _ in range(10):
-        rig.otlp.emit(EVENT)
+        rig.otlp.emit(REQUEST)
     rig.otlp.shutdown()
     assert (rig.lost("rejected"), rig.losses.total()) == (
         3 * len(receiver.requests),
@@ -323,22 +318,13 @@ def test_a_receiver_that_hangs_never_stalls_emit_and_every_record_is_accounted_f
 def test_no_receiver_at_all(protocol: str) -> None:
     rig = Rig("http://127.0.0.1:9", protocol, {"OTEL_EXPORTER_OTLP_TIMEOUT": "0.3"})
     rig.otlp.start()
-    rig.otlp.emit(EVENT)
+    rig.otlp.emit(REQUEST)
     rig.otlp.shutdown(timeout=3)
     assert rig.lost("failed") + rig.lost("shutdown") == 2
     assert rig.lost("failed_points") + rig.lost("shutdown_points") > 0
 
 
-def test_a_mixed_up_port_gets_one_sentence(caplog: pytest.LogCaptureFixture) -> None:
-    made = otlp_settings.load({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317"})
-    assert made.traces is not None
-    assert "OTEL_EXPORTER_OTLP_PROTOCOL=grpc" in made.traces.mix_up
-    made = otlp_settings.load({"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
-    assert made.traces is not None
-    assert "http/protobuf" in made.traces.mix_up
-
-
-def test_payloads_stay_below_the_limit(receiver: Receiver, protocol: str) -> None:
+def test_d19_payloads_stay_below_the_limit(receiver: Receiver, protocol: str) -> None:
     rig = Rig(url(receiver, protocol), protocol, {"OTEL_BLRP_MAX_QUEUE_SIZE": "5000",
               "OTEL_BLRP_MAX_EXPORT_BATCH_SIZE": "5000"}, logs="all")  # fmt: skip
     for n in range(5000):
@@ -399,27 +385,9 @@ def test_an_ended_series_gets_one_point_without_a_value_d16(receiver: Receiver) 
     assert flags[-1] == 1
 
 
-# --- the budget ---------------------------------------------------------------------------------------------
+# --- which spans ------------------------------------------------------------------------------------------------------
 
-
-def test_budget_is_fair_and_keeps_failures_first() -> None:
-    now = [10.0]
-    losses = health.Losses()
-    budget = otlp.Budget(100, losses, clock=lambda: now[0])
-    quiet, noisy = SSHD, WEB
-    for n in range(5000):
-        assert budget.offer(EVENT._replace(workload=noisy)) == []
-        if n < 10:
-            budget.offer(EVENT._replace(workload=quiet))
-            budget.offer(EVENT._replace(workload=noisy, status="refused"))
-    now[0] = 11.0
-    chosen = budget.offer(EVENT)
-    assert len(chosen) == 100
-    assert [e.status for e in chosen].count("refused") == 10
-    assert [e.workload for e in chosen].count(quiet) == 10
-    assert losses.snapshot() == {("export", "budget"): 5000 + 20 - 100}
-    assert budget.take() == []
-    assert len(budget.take(everything=True)) == 1
+OFF = {"OTEL_LOGS_EXPORTER": "none", "OTEL_METRICS_EXPORTER": "none"}
 
 
 @pytest.mark.parametrize(
@@ -433,163 +401,184 @@ def test_budget_is_fair_and_keeps_failures_first() -> None:
         ({"OTEL_SDK_DISABLED": "true"}, 0),
     ],
 )
-def test_a_sampler_that_is_set_is_obeyed(receiver: Receiver, environ: dict[str, str], spans: int) -> None:
-    off = {"OTEL_LOGS_EXPORTER": "none", "OTEL_METRICS_EXPORTER": "none"}
-    rig = Rig(receiver.http, "http/protobuf", environ | off, spans_per_second=5)
+def test_d10_a_sampler_that_is_set_is_obeyed(receiver: Receiver, environ: dict[str, str], spans: int) -> None:
+    rig = Rig(receiver.http, "http/protobuf", environ | OFF, spans_per_second=5)
     rig.otlp.start()
     while time.time() % 1 > 0.8:
         time.sleep(0.05)  # all 400 in one second
     for _ in range(400):
-        rig.otlp.emit(EVENT)
+        rig.otlp.emit(REQUEST)
     rig.otlp.shutdown()
     assert len(list(receiver.spans())) == pytest.approx(spans, abs=5 if not environ else 0)
+    if not environ:
+        assert rig.lost("budget") == 400 - len(list(receiver.spans()))
 
 
-# --- variables ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("environ", [{}, {"OTEL_TRACES_SAMPLER": "always_on"}, {"OTEL_TRACES_SAMPLER": "always_off"}])
+def test_d10_an_error_that_is_not_sampled_is_a_log_with_the_trace_id(
+    receiver: Receiver, environ: dict[str, str]
+) -> None:
+    rig = Rig(receiver.http, "http/protobuf", environ | {"OTEL_METRICS_EXPORTER": "none"})
+    rig.otlp.start()
+    rig.otlp.emit(outcome(status=503, traceparent=UNSAMPLED))
+    rig.otlp.shutdown()
+    assert list(receiver.spans()) == []
+    ((_, log),) = receiver.logs()
+    assert (log.event_name, log.severity_number) == ("ebfw.egress.http.request", 13)
+    assert (log.trace_id.hex(), log.span_id.hex(), log.flags) == (UNSAMPLED[3:35], UNSAMPLED[36:52], 0)
+    assert attributes(log)["http.response.status_code"] == 503
+    assert rig.losses.total() == 0
 
 
-def test_variables_of_one_signal_win() -> None:
-    made = otlp_settings.load(
-        {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:4318/base/",
-            "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": "https://b/own/path",
-            "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "grpc",
-            "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "2500",
-            "OTEL_EXPORTER_OTLP_TIMEOUT": "3",
-            "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION": "gzip",
-            "OTEL_EXPORTER_OTLP_HEADERS": "a=1",
-            "OTEL_EXPORTER_OTLP_LOGS_HEADERS": "b=2",
-        }
-    )
-    assert made.traces is not None
-    assert made.metrics is not None
-    assert made.logs is not None
-    assert (made.traces.url, made.traces.timeout, made.traces.compression) == (
-        "http://a:4318/base/v1/traces",
-        2.5,
-        "gzip",
-    )
-    assert (made.metrics.url, made.metrics.protocol, made.metrics.timeout) == (
-        "http://a:4318/base/",
-        "grpc",
-        3,
-    )
-    assert (made.logs.url, made.logs.headers, made.traces.headers) == (
-        "https://b/own/path",
-        {"b": "2"},
-        {"a": "1"},
-    )
+def test_a_log_record_names_the_span_of_the_same_failure(receiver: Receiver) -> None:
+    rig = Rig(receiver.http, "http/protobuf", {"OTEL_METRICS_EXPORTER": "none"})
+    rig.otlp.start()
+    rig.otlp.emit(outcome(status=503, traceparent=PARENT))
+    rig.otlp.emit(outcome(status=502)._replace(domain="other"))
+    rig.otlp.emit(EVENT._replace(status="refused"))
+    rig.otlp.shutdown()
+    spans = {(span.trace_id, span.span_id): span.name for _, span in receiver.spans()}
+    assert len(spans) == 4
+    named = sorted(spans[log.trace_id, log.span_id] for _, log in receiver.logs())
+    assert named == ["GET", "GET", "connection"]
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "told"),
-    [
-        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json", "http/protobuf is used"),
-        ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon", "10 is used"),
-        ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd", "none is used"),
-        ("OTEL_METRIC_EXPORT_INTERVAL", "-5", "60000 is used"),
-        ("OTEL_BSP_MAX_QUEUE_SIZE", "many", "2048 is used"),
-        ("OTEL_TRACES_SAMPLER", "xray", "EBFW_SPANS_PER_SECOND"),
-        ("OTEL_TRACES_SAMPLER_ARG", "2", "1 is used"),
-        ("OTEL_TRACES_EXPORTER", "zipkin", "otlp or none"),
-        ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "both", "cumulative, delta"),
-        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nowhere.pem", "cannot be read"),
-    ],
-)
-def test_a_mistake_warns_and_falls_back_d18(key: str, value: str, told: str, caplog: pytest.LogCaptureFixture) -> None:
-    extra = {"OTEL_TRACES_SAMPLER": "traceidratio"} if key.endswith("_ARG") else {}
-    made = otlp_settings.load({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:4318", key: value} | extra)
-    assert made.logs is not None
-    assert told in caplog.text
+def test_d11_a_request_links_to_the_connection_that_it_used(receiver: Receiver) -> None:
+    rig = Rig(receiver.http, "http/protobuf", OFF, setups=Setups(ALL))
+    rig.otlp.start()
+    for event in (EVENT, HELLO, REQUEST, REQUEST, REQUEST._replace(cookie=5)):
+        rig.otlp.emit(event)
+    rig.otlp.shutdown()
+    spans = [span for _, span in receiver.spans()]
+    (root,) = [span for span in spans if span.name == "connection"]
+    links = [[(link.trace_id, link.span_id) for link in span.links] for span in spans if span.name == "GET"]
+    assert sorted(map(len, links)) == [0, 1, 1]
+    assert {found for link in links for found in link} == {(root.trace_id, root.span_id)}
+    assert len([span for span in spans if span.parent_span_id == root.span_id]) == 2
 
 
-# --- what is said -------------------------------------------------------------------------------------------
+def test_d11_a_connection_that_waits_for_nothing_more_is_told_at_the_end(receiver: Receiver) -> None:
+    rig = Rig(receiver.http, "http/protobuf", OFF, setups=Setups(ALL))
+    rig.otlp.start()
+    rig.otlp.emit(EVENT)
+    rig.otlp.shutdown()
+    assert sorted(span.name for _, span in receiver.spans()) == ["connection", "socket connect 192.0.2.1:443"]
 
 
-def test_spans_are_only_what_a_workload_started_and_exclude_left() -> None:
-    assert span(EVENT) is not None
-    for changes in (
-        {"role": "server"},
-        {"filtered": True},
-        {"transport": "udp"},
-        {"kind": "tls"},
-        {"kind": "close"},
-    ):
-        assert span(EVENT._replace(**changes)) is None
-    cancelled = span(EVENT._replace(status="cancelled"))
-    assert cancelled is not None
-    assert not cancelled.failed
-    assert dict(cancelled.attributes)["error.type"] == "cancelled"
-    v6 = span(EVENT._replace(dst="2001:db8::1", domain="", name_source=""))
-    assert v6 is not None
-    assert v6.name == "socket connect [2001:db8::1]:443"
-    assert dict(v6.attributes)["server.address"] == "2001:db8::1"
+def test_d12_an_instrumented_workload_has_no_request_spans(receiver: Receiver) -> None:
+    seen = Instrumented()
+    rig = Rig(receiver.http, "http/protobuf", OFF, instrumented=seen, setups=Setups(ALL))
+    rig.otlp.start()
+    seen.observe(REQUEST._replace(workload=SSHD, method="POST", path="/v1/traces"))
+    rig.otlp.emit(REQUEST._replace(workload=SSHD))
+    rig.otlp.emit(EVENT._replace(workload=SSHD, status="refused"))
+    rig.otlp.emit(REQUEST)
+    rig.otlp.shutdown()
+    assert sorted((resource["service.name"], span.name) for resource, span in receiver.spans()) == [
+        ("ssh.service", "connection"),
+        ("ssh.service", "socket connect 192.0.2.1:443"),
+        ("web-0", "GET"),
+    ]
 
 
-def test_notable_is_first_seen_and_failures() -> None:
-    now = [0.0]
-    notable = Notable(clock=lambda: now[0])
-    assert notable.of(EVENT) is not None
-    assert notable.of(EVENT) is None
-    assert notable.of(EVENT._replace(workload=WEB._replace(cgroup_id=77, container_id="d" * 64))) is None
-    assert notable.of(EVENT._replace(port=444)) is not None
-    assert notable.of(EVENT._replace(kind="close")) is None
-    assert notable.of(EVENT._replace(status="cancelled")) is None
-    assert notable.of(EVENT._replace(domain="new", filtered=True)) is None
-    assert notable.of(EVENT._replace(domain="new", role="server")) is None
-    assert notable.of(LOOKUP._replace(status="NOERROR")) is None
-    for _ in range(23):
-        notes = [notable.of(EVENT._replace(status="refused"))]
-    assert notes == [None]
-    now[0] = 59
-    assert notable.due() == []
-    now[0] = 61
-    (repeated,) = notable.due()
-    assert repeated.repeats == 22
-    assert record(repeated).body == "curl to example.com:443: connection_refused, 22 more times within 60 s"
-    assert notable.due() == []
-    assert notable.of(EVENT._replace(status="refused")) is not None
-    assert notable.due(everything=True) == []
+def test_d12_an_instrumented_workload_has_no_request_metrics_of_ours() -> None:
+    rig, seen = Rig("", "http/protobuf"), Instrumented()
+    rig.metrics.instrumented = seen.metrics
+    seen.observe(REQUEST._replace(workload=SSHD, method="POST", path="/v1/metrics"))
+    for event in (REQUEST, REQUEST._replace(workload=SSHD), EVENT._replace(workload=SSHD)):
+        rig.metrics.observe(event)
+    found = {
+        (metric.name, dict(resource.identity)["service.name"])
+        for metric, points in rig.metrics.snapshot().by_metric()
+        if metric.kind == c.HISTOGRAM
+        for resource, _ in points
+    }
+    assert found == {("http.client.request.duration", "web-0"), ("ebfw.tcp.connect.duration", "ssh.service")}
 
 
-def test_memory_of_destinations_and_failures_is_bounded() -> None:
-    notable = Notable()
-    for n in range(100_000):
-        notable.of(EVENT._replace(domain=f"h{n}", status="refused"))
-        if n % 1000 == 0:
-            notable.due()
-    notable.due()
-    assert len(notable._young) + len(notable._old) <= 65_536
-    assert len(notable._windows) <= 4096
+def test_a_span_that_is_kept_is_an_exemplar_and_one_that_is_not_is_none(receiver: Receiver) -> None:
+    rig = Rig(receiver.http, "http/protobuf", {"OTEL_LOGS_EXPORTER": "none", "OTEL_METRIC_EXPORT_INTERVAL": "600"})
+    rig.otlp.start()
+    for event in (outcome(traceparent=UNSAMPLED), outcome(traceparent=PARENT)):
+        rig.metrics.observe(event)
+        rig.otlp.emit(event)
+
+    def exemplars() -> list[Any]:
+        return [e for _, _, p in receiver.points("http.client.request.duration") for e in p.exemplars]
+
+    receiver.wait(exemplars)
+    rig.otlp.shutdown()
+    ((_, span),) = receiver.spans()
+    assert {(e.trace_id, e.span_id) for e in exemplars()} == {(span.trace_id, span.span_id)}
+    assert span.trace_id.hex() == PARENT[3:35]
 
 
-def test_a_request_is_a_record_without_headers() -> None:
-    note = Notable("all").of(
-        EVENT._replace(
-            kind="https",
-            method="BREW",
-            path="/a/b?key=REDACTED",
-            headers=(("authorization", "canary"),),
-            proxy="p:3128",
-        )
-    )
-    assert note is not None
-    made = record(note)
-    found = dict(made.attributes)
-    assert made.name == "ebfw.egress.http.request"
-    assert (found["http.request.method"], found["http.request.method_original"]) == ("_OTHER", "BREW")
-    assert (found["url.path"], found["url.query"], found["url.scheme"]) == ("/a/b", "key=REDACTED", "https")
-    assert found["ebfw.proxy.address"] == "p:3128"
-    assert "canary" not in repr(made)
-    assert made.body == "curl sent BREW https://example.com/a/b"
+# --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
 def test_a_name_of_broken_bytes_costs_nothing_else(receiver: Receiver) -> None:
     rig = Rig(receiver.http, "http/protobuf", {"OTEL_METRICS_EXPORTER": "none"})
     rig.otlp.start()
-    rig.otlp.emit(EVENT._replace(comm="a\udcffb", domain="x\x1b[2J"))
-    rig.otlp.emit(EVENT)
+    rig.otlp.emit(REQUEST._replace(comm="a\udcffb", domain="x\x1b[2J"))
+    rig.otlp.emit(REQUEST)
     rig.otlp.shutdown()
-    assert sorted(attributes(log)["process.executable.name"] for _, log in receiver.logs()) == ["a?b", "curl"]
+    for found in (receiver.logs(), receiver.spans()):
+        assert sorted(attributes(item)["process.executable.name"] for _, item in found) == ["a?b", "curl"]
     assert all("\x1b" not in log.body.string_value for _, log in receiver.logs())
     assert rig.losses.total() == 0
+
+
+def test_d19_a_mixed_up_port_gets_one_sentence(
+    receiver: Receiver, protocol: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """gRPC to a port that speaks HTTP, and the other way round, on ports that say nothing."""
+    other = receiver.http if protocol == "grpc" else receiver.grpc
+    rig = Rig(other, protocol, {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none",
+              "OTEL_EXPORTER_OTLP_TIMEOUT": "2500"})  # fmt: skip
+    rig.otlp.start()
+    rig.otlp.emit(REQUEST)
+    rig.otlp.shutdown()
+    assert rig.lost("failed") == 1
+    sentences = [r.message for r in caplog.records if "seems to speak" in r.message]
+    assert len(sentences) == 1
+    right = "http/protobuf" if protocol == "grpc" else "grpc"
+    assert f"OTEL_EXPORTER_OTLP_PROTOCOL={right}" in sentences[0]
+
+
+def test_d19_pushes_are_counted_by_signal_and_outcome(receiver: Receiver, protocol: str) -> None:
+    rig = Rig(url(receiver, protocol), protocol, {"OTEL_METRICS_EXPORTER": "none"})
+    rig.otlp.start()
+    rig.otlp.emit(REQUEST)
+    receiver.wait(lambda: len(receiver.requests) == 2)
+    receiver.refuse, receiver.status = -1, 400
+    rig.otlp.emit(REQUEST._replace(domain="other"))
+    rig.otlp.shutdown()
+    totals = {
+        (metric.name, *(value for _, value in point.attributes)): point.value
+        for metric, points in rig.metrics.snapshot().by_metric()
+        if metric in (c.EXPORT_REQUESTS, c.EXPORT_TIME, c.EXPORTED)
+        for _, point in points
+    }
+    for signal in ("traces", "logs"):
+        assert totals["ebfw.export.requests", signal, "success"] == 1
+        assert totals["ebfw.export.requests", signal, "failure"] == 1
+        assert totals["ebfw.export.items", signal] == 1
+        assert 0 < totals["ebfw.export.duration", signal, "success"] < 10
+    assert rig.lost("failed") == 2
+
+
+def test_d18_console_is_json_lines_on_standard_output(capsys: pytest.CaptureFixture[str], receiver: Receiver) -> None:
+    consoles = {"OTEL_TRACES_EXPORTER": "console", "OTEL_LOGS_EXPORTER": "otlp,console",
+                "OTEL_METRICS_EXPORTER": "none"}  # fmt: skip
+    rig = Rig(receiver.http, "http/protobuf", consoles)
+    rig.otlp.start()
+    rig.otlp.emit(outcome(status=500, traceparent=PARENT))
+    rig.otlp.shutdown()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (spans,) = [line["resourceSpans"] for line in lines if "resourceSpans" in line]
+    (logs,) = [line["resourceLogs"] for line in lines if "resourceLogs" in line]
+    assert spans[0]["scopeSpans"][0]["spans"][0]["traceId"] == PARENT[3:35]
+    assert spans[0]["scopeSpans"][0]["spans"][0]["parentSpanId"] == PARENT[36:52]
+    assert logs[0]["scopeLogs"][0]["logRecords"][0]["traceId"] == PARENT[3:35]
+    assert list(receiver.spans()) == []
+    assert len(list(receiver.logs())) == 1

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exporter import parse
 from exporter.parse import (
     ABSOLUTE,
     ASTERISK,
@@ -332,6 +333,20 @@ def test_what_is_packed_is_read(labels: list[str], address: bytes, ttl: int) -> 
     assert read.qname == text
     assert read.answers == (".".join(map(str, address)),)
     assert read.addresses == ((read.answers[0], ttl),)
+
+
+_LINES = st.sampled_from(
+    ["Host: a", "X-A:b", "x: y ", "A : b", " folded", "\tfolded", "", "nonsense", ":", "a:\tb\t", "B:\r", "\r",
+     "C:\xff"]
+)  # fmt: skip
+
+
+@given(st.lists(st.tuples(_LINES, st.sampled_from(["\r\n", "\r\n", "\r\n", "\n"])), max_size=80), st.booleans())
+def test_fields_at_once_and_line_by_line_are_the_same(lines: list[tuple[str, str]], ended: bool) -> None:
+    text = "".join(line + end for line, end in lines) + ("\r\n" if ended else "")
+    data = b"GET / HTTP/1.1\r\n" + text.encode("latin-1")
+    assert parse._fields(data, 16) == parse._fields_line_by_line(data, 16)
+    assert len(parse._names) <= parse._NAMES
 
 
 # --- services, extended codes -------------------------------------------------------------------------------

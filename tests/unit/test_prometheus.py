@@ -184,6 +184,18 @@ def test_text_and_openmetrics_say_the_same(server: prometheus.Server) -> None:
     assert buckets == [1] * 15
 
 
+def test_d14_the_count_of_series_by_metric_can_be_asked_for(metrics: Metrics, server: prometheus.Server) -> None:
+    found = prometheus.series_of(server.host, server.port)
+    assert found is not None
+    assert {name: count for name, count in found.items() if count} == {
+        "ebfw.network.io": 2, "ebfw.network.packets": 2, "ebfw.tcp.connections": 2, "ebfw.tcp.connection.failures": 1,
+        "ebfw.tcp.retransmits": 1, "ebfw.tcp.connect.duration": 1, "ebfw.tcp.rtt": 1, "dns.lookup.duration": 1,
+        "ebfw.workload.info": 1,
+    }  # fmt: skip
+    server.close()
+    assert prometheus.series_of(server.host, server.port, 0.2) is None
+
+
 def test_gzip(server: prometheus.Server) -> None:
     _, headers, body = get(server, **{"Accept-Encoding": "gzip"})
     assert headers["Content-Encoding"] == "gzip"

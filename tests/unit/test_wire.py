@@ -17,7 +17,7 @@ HEADER = (BPF / "wire.h").read_text()
 CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.S)
 
 # Python knows these by their bytes or their size only.
-UNMIRRORED = {"name", "socket", "inspection", "tls_key", "tls_stream", "tls_call"}
+UNMIRRORED = {"name", "socket", "inspection", "tls_key", "tls_stream", "tls_call", "frames", "http2", "walk"}
 
 TALLY_NAMES = {
     ("ring", "full"): "LOST_RING_FULL",
@@ -28,6 +28,7 @@ TALLY_NAMES = {
     ("decode", "client_hello"): "LOST_HELLO",
     ("table", "scratch"): "LOST_SCRATCH",
     ("ring", "executions_full"): "LOST_EXECUTION",
+    ("decode", "h2_frames"): "LOST_FRAMES",
     ("filtered", "connect"): "FILTERED_CONNECT",
     ("filtered", "close"): "FILTERED_CLOSE",
     ("filtered", "tls"): "FILTERED_TLS",
@@ -54,7 +55,7 @@ def layout(name: str, kind: type[ctypes.Structure]) -> list[str]:
 def numbers() -> dict[str, int]:
     """Every enumerator and constant that crosses, as Python has it."""
     named = {name: getattr(wire, name) for name in re.findall(r"\b(?:RECORD|FLOW)_[A-Z_]+\b", CODE)}
-    named |= {name: getattr(wire, name) for name in ("LAYOUT_VERSION", "STRIPES", "NAME_SIZE")}
+    named |= {name: getattr(wire, name) for name in ("LAYOUT_VERSION", "STRIPES", "NAME_SIZE", "KEY_SHARE_KEPT")}
     named |= {f"MAP_{name.upper()}": i for i, name in enumerate(wire.MAP_IDS, 1)}
     named |= {f"ROLE_{name.upper()}": i for i, name in enumerate(wire.ROLES)}
     named |= {f"SCOPE_{name.upper()}": i for i, name in enumerate(wire.SCOPES)}
@@ -73,6 +74,8 @@ def claims() -> list[str]:
         f"sizeof(struct tls_key) == {wire.TLS_KEY_SIZE}",
         f"sizeof(struct tls_stream) == {wire.TLS_STREAM_SIZE}",
         f"sizeof(struct tls_call) == {wire.TLS_CALL_SIZE}",
+        f"sizeof(union scratch) == {wire.SCRATCH_SIZE}",
+        f"sizeof(struct http2) == {wire.HTTP2_SIZE}",
         f"sizeof(struct name) == {wire.NAME_SIZE}",
         f"sizeof(struct record) == {wire.RECORD.size}",
         f"sizeof(struct flow_key) == {wire.FLOW_KEY.size}",
