@@ -57,7 +57,7 @@ INLINE int want_connect(struct bpf_sock_addr *ctx, const u8 *peer)
 	s->began_ns = bpf_ktime_get_ns();
 	if (transport == PROTO_TCP) {
 		s->flags = S_CONNECTING;
-		s->stage = STAGE_FIRST;
+		s->stage = s->peer_port == 53 ? STAGE_DNS : STAGE_FIRST;
 	} else {
 		first_datagram(s);
 	}

@@ -369,6 +369,28 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 	bpf_map_push_elem(MAP(FREE_SCRATCH), &index, 0);
 }
 
+/*
+ * Does this segment to port 53 begin with a question (RFC 1035 sections 4.1.1 and 4.2.2)? Behind its length, which
+ * some resolvers send by itself. A question fits into a segment; what does not look like one is another protocol.
+ */
+INLINE int like_question(struct __sk_buff *skb, struct socket *s, const struct packet *p)
+{
+	u32 prefixed = s->flags & S_INSPECTED; /* by the segment before */
+	u8 start[8];
+
+	s->flags &= ~S_INSPECTED;
+	if (p->length <= 2) {
+		s->flags |= S_INSPECTED;
+		s->inspected = p->seq + p->length;
+		return 1;
+	}
+	if (p->length < 8 || bpf_skb_load_bytes(skb, p->payload, start, 8))
+		return 0;
+	if (prefixed && !(start[2] & 0xf8) && !start[4] && start[5] == 1)
+		return 1;
+	return (start[0] << 8 | start[1]) + 2 <= p->length && !(start[4] & 0xf8) && !start[6] && start[7] == 1;
+}
+
 #define QUIC_SMALLEST 1200 /* RFC 9000 section 14.1: a client's datagram with an Initial packet has no fewer bytes */
 #define QUIC_DATAGRAMS 3   /* a post-quantum ClientHello needs two, and one may be sent again */
 
@@ -484,10 +506,13 @@ INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct so
 	}
 	if (!(s->flags & S_DESCRIBED))
 		describe(s);
+	if (s->stage == STAGE_DNS && p.length && p.transport == PROTO_TCP && !like_question(skb, s, &p))
+		s->stage = STAGE_FIRST;
 	if (s->stage == STAGE_DNS) {
 		parcel.kind = RECORD_DNS_QUERY;
 		parcel.offset = p.payload;
 		parcel.length = p.length;
+		parcel.stream_offset = p.seq;
 	} else if (s->stage == STAGE_QUIC) {
 		inspect_datagram(skb, s, &p, &parcel);
 	} else if (s->stage && s->stage != STAGE_HTTP2 && p.length && p.transport == PROTO_TCP) {
@@ -669,6 +694,7 @@ INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct soc
 		parcel.kind = RECORD_DNS_ANSWER;
 		parcel.offset = p.payload;
 		parcel.length = p.length;
+		parcel.stream_offset = p.seq;
 	} else if (s->flags & S_HTTP && p.length) {
 		inspect_answer(skb, s, &p, &parcel);
 	} else if (s->stage == STAGE_HANDSHAKE) {

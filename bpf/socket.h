@@ -39,7 +39,7 @@ enum stage {
 	STAGE_ANSWERED, /* TLS: what the client says to the server's first flight, the end of the handshake */
 	STAGE_QUIC,     /* UDP: QUIC's Initial packets */
 	/* from here on what comes in is looked at, too */
-	STAGE_DNS,      /* UDP to port 53 */
+	STAGE_DNS,      /* port 53; over TCP as long as it looks like DNS */
 	STAGE_HANDSHAKE, /* TLS: the rest of the ClientHello, and the server's first flight */
 };
 

@@ -147,8 +147,8 @@ enum record_kind {
 	RECORD_OPENED = 1, /* TCP handshake done; UDP: first datagram to this peer */
 	RECORD_FAILED,
 	RECORD_CLOSED,
-	RECORD_DNS_QUERY,  /* payload: the message */
-	RECORD_DNS_ANSWER, /* payload: the message */
+	RECORD_DNS_QUERY,  /* payload: the message; over TCP a piece of the stream, whose sequence number is `offset` */
+	RECORD_DNS_ANSWER, /* payload: likewise */
 	RECORD_HELLO,      /* payload: a piece of a ClientHello, `offset` bytes into it */
 	RECORD_HEAD,       /* payload: a piece of an HTTP/1 request head, `offset` bytes into it */
 	RECORD_TLS_WRITE,  /* payload: what an application handed to its TLS library, if it looks like HTTP */

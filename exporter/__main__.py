@@ -32,6 +32,7 @@ examples:
   sudo OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 ebfw
                                              push spans, logs and metrics as well
   sudo ebfw check                            what works on this host, what does not, what that costs
+  sudo ebfw inventory                        what each workload talks to, since when, how much
   sudo ebfw detach                           remove everything that ebfw left in the kernel
 
 settings come from EBFW_* and OTEL_* variables and from the file that --config or
@@ -41,7 +42,8 @@ EBFW_METRICS_ADDR says otherwise (empty: nowhere).
 
 exit status:
   0    all went well; for check: the agent can run here
-  1    something is missing or was refused, said in one line on standard error
+  1    something is missing or was refused, said in one line on standard error;
+       for inventory --diff --exit-code: there are differences
   2    a mistake in the arguments, a variable or the file
   130  interrupted"""
 
@@ -65,16 +67,66 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
         if name != "version":
-            # SUPPRESS: otherwise the subcommand's default overwrites a --config that stands before it.
-            command.add_argument("-config", "--config", metavar="FILE", default=argparse.SUPPRESS)
+            _add_config(command)
+    _add_inventory(commands)
     return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    # SUPPRESS: otherwise the subcommand's default overwrites a --config that stands before it.
+    command.add_argument("-config", "--config", metavar="FILE", default=argparse.SUPPRESS)
+
+
+_INVENTORY = """\
+Shows what each workload talks to: destination, since when, how much, which executable,
+and where the name comes from (host, sni, dns, or only the address).
+
+The agent keeps it in the file that EBFW_INVENTORY names; systemd's StateDirectory= sets one.
+An aligned table on a terminal; in a pipe exact values between tabs."""
+
+_INVENTORY_EPILOG = """\
+examples:
+  sudo ebfw inventory                            all of it
+  sudo ebfw inventory --workload 'shop/*'        one namespace, by name
+  sudo ebfw inventory --json | jq '.workloads[].destinations[].name'
+  sudo cp /var/lib/ebfw/inventory.json monday.json
+  ebfw inventory --diff monday.json tuesday.json
+                                                 what is new, what is gone, what changed
+  ebfw inventory --exit-code --diff release-1.json release-2.json
+                                                 the same as a check: status 1 if they differ"""
+
+
+def _add_inventory(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "inventory",
+        help="show what each workload talks to, or what changed between two files",
+        description=_INVENTORY,
+        epilog=_INVENTORY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("file", metavar="FILE", nargs="?", help="the inventory, where it is not the agent's own")
+    command.add_argument(
+        "--workload",
+        metavar="NAME",
+        default="",
+        help="only these: NAME, NAMESPACE/NAME or a container; * and ? stand for anything",
+    )
+    command.add_argument("--json", action="store_true", help="as JSON, in the form of the file")
+    command.add_argument(
+        "--diff", nargs=2, metavar=("A", "B"), help="what is in B and not in A (+), in A only (-), changed (~)"
+    )
+    command.add_argument("--exit-code", action="store_true", help="with --diff: exit with 1 if there are differences")
+    _add_config(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status. `argv` is without the program's name."""
     try:
         options = _parser().parse_args(argv)
-        status = _run(options.command or "run", options.config)
+        status = (
+            _inventory(options) if options.command == "inventory" else _run(options.command or "run", options.config)
+        )
         sys.stdout.flush()
         return status
     except SettingsError as error:
@@ -107,6 +159,23 @@ def _run(command: str, config: str | None) -> int:
     from exporter.agent import check, detach, run
 
     return {"run": run, "check": check, "detach": detach}[command](settings)
+
+
+def _inventory(options: argparse.Namespace) -> int:
+    from exporter.inventory import book, report
+    from exporter.settings import load
+
+    settings = load(options.config, os.environ)
+    if options.diff is None:
+        if options.exit_code:
+            raise SettingsError("--exit-code goes with --diff")
+        path = Path(options.file) if options.file else settings.inventory or book.DEFAULT
+        return report.show(path, options.workload, options.json, settings.colour, sys.stdout)
+    if options.file:
+        raise SettingsError("--diff takes two files, and no third")
+    before, after = map(Path, options.diff)
+    found = report.show_diff(before, after, options.workload, options.json, settings.colour, sys.stdout)
+    return EXIT_FAILED if found and options.exit_code else EXIT_OK
 
 
 _CAP_SYS_ADMIN, _CAP_BPF = 21, 39

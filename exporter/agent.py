@@ -20,6 +20,7 @@ from exporter import __version__, heap
 from exporter.decode import address, decode, transport
 from exporter.emit import prometheus
 from exporter.emit.console import Console
+from exporter.emit.hygiene import Hygiene
 from exporter.emit.instrumented import Instrumented, own_cgroup
 from exporter.emit.metrics import Metrics
 from exporter.emit.otlp import Otlp
@@ -27,10 +28,11 @@ from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
 from exporter.emit.routes import Routes
 from exporter.emit.setup import Setups
-from exporter.enrich import ContainerNames, HiddenNames, Names, Workloads, find_root, root_problem
+from exporter.enrich import ContainerNames, HiddenNames, Names, PeerGroups, Workloads, find_root, root_problem
 from exporter.errors import SettingsError
 from exporter.events import TLS, Counts, Event, Flow
 from exporter.health import losses
+from exporter.inventory import Inventory
 from exporter.join import Join
 from exporter.kernel import maps, pins, preflight, wire
 from exporter.kernel.probes import Kernel
@@ -53,9 +55,11 @@ IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slo
 def run(settings: Settings) -> int:
     """Watch until SIGINT or SIGTERM."""
     heap.keep_small()
+    say_what_is_not_enforced(settings)
     root = find_root()
     cgroup = scope_of(settings, root)
     kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
+    groups = PeerGroups(settings.peer_groups) if settings.peer_groups else None  # a mistake costs nothing yet
     resources = Resources(platform.node(), settings.node_name, __version__, settings.otel)
     routes = Routes(settings.routes)
     metrics = Metrics(
@@ -78,7 +82,7 @@ def run(settings: Settings) -> int:
             time.monotonic() - started,
             "adopted" if kernel.adopted_programs else "counters adopted" if kernel.adopted_maps else "new",
         )
-        pipeline = Pipeline(settings, root, kernel, resources, metrics, unready)
+        pipeline = Pipeline(settings, root, kernel, resources, metrics, unready, groups)
         unready[0] = ""
         try:
             pipeline.run()
@@ -102,8 +106,9 @@ class Pipeline:
         resources: Resources,
         metrics: Metrics,
         unready: list[str] | None = None,
+        groups: PeerGroups | None = None,
     ) -> None:
-        self.kernel, self.metrics = kernel, metrics
+        self.kernel, self.metrics, self.groups = kernel, metrics, groups
         self.unready = unready or [""]
         self.clock = Clock()
         self.containers = ContainerNames()
@@ -119,6 +124,10 @@ class Pipeline:
             self.clock.wall,
             kernel.received,
         )
+        self.inventory: Inventory | None = None
+        if settings.inventory is not None:
+            self.inventory = Inventory(settings.inventory, settings.node_name, self.workloads.lookup)
+        self.hygiene = Hygiene(metrics)
         self.redaction = Options.of(settings)
         self.console = Console(sys.stdout, settings.output, settings.colour, settings.node_name)
         self.instrumented = Instrumented(settings.instrumented)
@@ -131,6 +140,7 @@ class Pipeline:
             version=__version__,
             spans_per_second=settings.spans_per_second,
             logs=settings.logs,
+            inventory=self.inventory is not None,
             setups=Setups(settings.connection_spans, settings.slow_connection_ms * 1_000_000),
             instrumented=self.instrumented,
             headers=settings.allowed_headers,
@@ -160,18 +170,29 @@ class Pipeline:
             sightings = [sighting for data in records if (sighting := decode(data)) is not None]
             self.tell([event for sighting in sightings if (event := add(sighting)) is not None])
         self.tell(list(self.join.expire(time.monotonic_ns())))
+        self.hygiene.settle()
+        if self.inventory is not None:
+            self.tell(self.inventory.due())
         return taken
 
     def tell(self, events: list[Event]) -> None:
         """Events to every way out, their secrets hidden."""
         write, emit, options = self.console.write, self.otlp.emit, self.redaction
-        events = self.instrumented.take(events)
-        self.metrics.observe_all(events)
-        events = [event for event in events if not event.filtered]
-        self.met.update([event.pid for event in events])
-        self.hellos += [event.pid for event in events if event.kind == TLS and event.transport == "tcp"]
-        for event in events:
-            event = redact(event, options)
+        events = self.instrumented.take(self.hygiene.observe(events))
+        groups = self.groups
+        if groups is None:
+            self.metrics.observe_all(events)
+        else:
+            events = [event if event.filtered else groups.tag(event) for event in events]
+            self.metrics.observe_all([groups.counted(event) for event in events])
+        told = [redact(event, options) for event in events if not event.filtered]
+        self.met.update([event.pid for event in told])
+        self.hellos += [event.pid for event in told if event.kind == TLS and event.transport == "tcp"]
+        if self.inventory is not None:
+            self.inventory.observe(told)
+            if len(told) < len(events):
+                self.inventory.hide(event for event in events if event.filtered)
+        for event in told:
             write(event)
             emit(event)
 
@@ -206,6 +227,7 @@ class Pipeline:
                 self.keep_house(now)
         wake.close()
         self.drain()
+        self.tell(list(self.join.close()))
         self.fold()
         self.refreshed.set()
 
@@ -218,13 +240,17 @@ class Pipeline:
 
     def fold(self) -> None:
         """Move by how much the kernel's counters moved into the metrics."""
-        now = time.monotonic()
+        now, groups, inventory = time.monotonic(), self.groups, self.inventory
+        first = self.kernel.flow_table.first_read
         for row in self.kernel.flow_table.read(now, self.clock.started):
             if row.key.cgroup == self.own_cgroup:
                 continue
-            flow = self.flow(row.key)
+            flow, delta, since = self.flow(row.key), Counts._make(row.delta), self.clock.wall(row.since_ns)
             self.instrumented.flow(flow)
-            self.metrics.add(flow, Counts._make(row.delta), self.clock.wall(row.since_ns))
+            self.hygiene.add(flow, delta)
+            if inventory is not None:
+                inventory.add(flow, delta, since, first)
+            self.metrics.add(flow if groups is None else groups.counted_flow(flow), delta, since)
         if self.tls is not None:
             for coverage, connections in self.tls.take_connections().items():
                 self.metrics.count("ebfw.tls.connections", connections, coverage=coverage)
@@ -235,6 +261,7 @@ class Pipeline:
                 self.filtered[cause] = total
             else:
                 losses.raise_to(stage, cause, total)  # type: ignore[arg-type]  # stages of wire.TALLIES
+        self.hygiene.publish()
         self.metrics.active_requests(self.join.open_requests())
 
     def flow(self, key: maps.FlowKey) -> Flow:
@@ -244,7 +271,7 @@ class Pipeline:
         name, source = ("", "")
         if key.kind == wire.FLOW_PEER and peer:
             name, source = self.join.name(who, key.name, peer, time.monotonic_ns())
-        return Flow(
+        flow = Flow(
             who,
             wire.ROLES[key.role],
             transport(key.transport),
@@ -256,6 +283,7 @@ class Pipeline:
             key.kind == wire.FLOW_EXCLUDED,
             key.kind == wire.FLOW_OTHER,
         )
+        return flow if self.groups is None or key.kind != wire.FLOW_PEER else self.groups.tag_flow(flow)
 
     # --- beside it ------------------------------------------------------------------------------------------------
 
@@ -272,6 +300,10 @@ class Pipeline:
         self.alive = alive
         self.metrics.expire()
         self.looked_at.clear()
+        if self.groups is not None:
+            self.groups.poll()
+        if self.inventory is not None:
+            self.inventory.save()
         heap.give_back()
         if self.tls is not None:
             for coverage, files in self.tls.libraries.by_coverage().items():
@@ -281,6 +313,7 @@ class Pipeline:
             ("names", len(self.names), 65_536),
             ("joins", len(self.join), self.join.room),
             ("cgroups", len(self.workloads), 16_384),
+            ("inventory", len(self.inventory or ()), 10_000),
             ("ring", int(self.kernel.ring.fill() * self.kernel.ring_bytes), self.kernel.ring_bytes),
         ):
             self.metrics.gauge("ebfw.table.used", used, table=name)
@@ -318,6 +351,9 @@ class Pipeline:
         """Stop the ways out, the last data first."""
         if self.tls is not None:
             self.tls.close()
+        if self.inventory is not None:
+            self.inventory.close()
+            self.tell(self.inventory.due())
         self.otlp.shutdown()
         self.console.close()
         self.workloads.close()
@@ -373,9 +409,23 @@ def serve_metrics(settings: Settings, metrics: Metrics, ready: Callable[[], str]
     if settings.metrics_addr is None:
         return None
     host, port = settings.metrics_addr
-    server = prometheus.serve(host, port, metrics, ready)
-    log.info("metrics at http://%s:%d/metrics", host or "0.0.0.0", server.port)
+    security = prometheus.Security(settings.metrics_cert, settings.metrics_key, settings.metrics_users)
+    server = prometheus.serve(host, port, metrics, ready, security)
+    scheme = "https" if settings.metrics_cert else "http"
+    log.info("metrics at %s://%s:%d/metrics", scheme, host or "0.0.0.0", server.port)
+    if settings.metrics_users and not settings.metrics_cert and host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("passwords for /metrics cross the network in the clear; set EBFW_METRICS_TLS_CERT")
     return server
+
+
+def say_what_is_not_enforced(settings: Settings) -> None:
+    """A policy that is named and not obeyed must not go unnoticed."""
+    if settings.policy is not None:
+        if not settings.policy.exists():
+            raise SettingsError(f"EBFW_POLICY={settings.policy}: there is no such file")
+        log.warning("EBFW_POLICY=%s: this version enforces no policy; everything is observed only", settings.policy)
+    elif settings.policy_source != "file":
+        log.warning("EBFW_POLICY_SOURCE=%s: this version enforces no policy", settings.policy_source)
 
 
 def detach(settings: Settings) -> int:

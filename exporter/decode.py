@@ -25,6 +25,8 @@ OPENED, FAILED, CLOSED, QUERY, ANSWER, HELLO, HEAD, TLS_WRITE, SERVER_HELLO, HAN
     wire.RECORD_HANDSHAKE_END,
     wire.RECORD_QUIC_INITIAL,
 )
+# Kinds of our own: QUERY and ANSWER over TCP.
+QUERY_PIECE, ANSWER_PIECE = QUERY | 0x100, ANSWER | 0x100
 TRUNCATED, PROXIED, HEAD_END, ABANDONED, BROKEN = (
     wire.RECORD_TRUNCATED,
     wire.RECORD_PROXIED,
@@ -79,6 +81,18 @@ class Message(NamedTuple):
     record: bytes  # whole: `whole()` reads it
 
 
+class Piece(NamedTuple):
+    """A part of a TCP stream of DNS messages. `sequence`: of its first byte. `cut`: more followed in the packet."""
+
+    kind: int  # QUERY_PIECE | ANSWER_PIECE
+    time: int
+    cookie: int
+    sequence: int
+    cut: bool
+    payload: bytes
+    head: bytes  # the record's fixed part
+
+
 class Step(NamedTuple):
     """What goes on in a handshake whose beginning says who and where."""
 
@@ -94,6 +108,8 @@ _TRANSPORTS = {6: "tcp", 17: "udp"}
 _MAPPED = bytes(10) + b"\xff\xff"
 _unpack, _size = wire.RECORD.unpack_from, wire.RECORD.size
 _KIND, _LENGTH, _QNAME = wire.Record.kind.offset, wire.Record.length.offset, _size + 12
+_TRANSPORT, _FLAGS, _OFFSET = wire.Record.transport.offset, wire.Record.flags.offset, wire.Record.offset.offset
+_TCP = 6
 _TIME_AND_COOKIE, _U16 = struct.Struct("<Q8xQ").unpack_from, struct.Struct("<H").unpack_from
 _new = tuple.__new__
 
@@ -123,14 +139,14 @@ def _comm(raw: bytes) -> str:
     return text
 
 
-def decode(data: bytes) -> Sighting | Message | Step | None:
+def decode(data: bytes) -> Sighting | Message | Piece | Step | None:
     """Read one record. What is too short or of no known kind is counted and None."""
     if len(data) < _size:
         losses.add("decode", "short")
         return None
     kind = data[_KIND]
     if kind in (QUERY, ANSWER):
-        return _message(data, kind)
+        return _message(data, kind) if data[_TRANSPORT] != _TCP else _piece(data, kind)
     if kind in (SERVER_HELLO, HANDSHAKE_END):
         time, cookie = _TIME_AND_COOKIE(data)
         return _new(Step, (kind, time, cookie, payload(data)))
@@ -155,6 +171,23 @@ def _message(data: bytes, kind: int) -> Message | None:
         return None
     time, cookie = _TIME_AND_COOKIE(data)
     return _new(Message, (kind, time, (cookie, data[_size : _size + 2] + data[_QNAME:end].lower()), data))
+
+
+def _piece(data: bytes, kind: int) -> Piece:
+    time, cookie = _TIME_AND_COOKIE(data)
+    sequence = int.from_bytes(data[_OFFSET : _OFFSET + 4], "little")
+    return Piece(kind | 0x100, time, cookie, sequence, data[_FLAGS] & TRUNCATED != 0, payload(data), data[:_size])
+
+
+def plausible(kind: int, start: bytes) -> bool:
+    """Whether a message of a stream may begin with these six bytes: a standard one, with one question."""
+    return start[2] & 0xF8 == (0x80 if kind == ANSWER_PIECE else 0) and start[4:6] == b"\0\1"
+
+
+def message(piece: Piece, content: bytes) -> Message | None:
+    """A message of a stream as if it had come in a datagram, with all else that the piece's record says."""
+    length = struct.pack("<H", len(content))
+    return _message(piece.head[:_LENGTH] + length + piece.head[_LENGTH + 2 :] + content, piece.kind & 0xFF)
 
 
 def payload(data: bytes) -> bytes:

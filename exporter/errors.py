@@ -5,7 +5,8 @@ EbfwError
 ├── KernelError        the kernel, or this container, refused something
 │   ├── NotPermitted   root or a capability is missing
 │   └── Unsupported    this kernel lacks a feature
-└── PinError           what lies under the pin path is not ours or not usable
+├── PinError           what lies under the pin path is not ours or not usable
+└── InventoryError     the file of the inventory is none, is damaged, or cannot be had
 """
 
 
@@ -31,3 +32,7 @@ class Unsupported(KernelError):
 
 class PinError(EbfwError):
     """The pin path cannot be used as it is."""
+
+
+class InventoryError(EbfwError):
+    """The inventory's file is none of ours, damaged, or of a later version; or it cannot be read or written."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Event kinds, as the seed names them; `close` is ours.
-CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS = "connect", "close", "dns", "tls", "http", "https"
-KINDS = (CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS)
+# Event kinds, as the seed names them; `close` is ours, and `new`: a destination that this workload had never talked to.
+CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS, NEW = "connect", "close", "dns", "tls", "http", "https", "new"
+KINDS = (CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS, NEW)
 
 # Where a peer's name comes from, strongest first.
 HOST, SNI, DNS_ANSWER, ADDRESS = "host", "sni", "dns", "address"
@@ -53,6 +53,7 @@ class Workload(NamedTuple):
     pod_name: str = ""
     namespace: str = ""
     container_name: str = ""
+    image: str = ""  # of the container, as its engine names it
     given: tuple[tuple[str, str], ...] = ()  # resource attributes that the workload was started with (OTEL_*)
 
 
@@ -123,6 +124,8 @@ class Event(NamedTuple):
     exchange: Exchange | None = None  # http, https
     tls: Tls | None = None  # tls
     search_expansion: bool = False  # dns: no failure, a name of the resolver's search list that led nowhere
+    group: str = ""  # what the user calls this peer and others like it; "" = nothing
+    credentials: bool = False  # http: it carried credentials, and anybody on the way could read them
 
 
 class Flow(NamedTuple):
@@ -139,6 +142,7 @@ class Flow(NamedTuple):
     name_source: str
     filtered: bool = False
     other: bool = False  # what found no room, or was idle and was folded: `~other`
+    group: str = ""  # as of Event
 
 
 class Counts(NamedTuple):

@@ -1,4 +1,4 @@
-"""Sightings -> events: query and answer, the pieces of a request head, a connection and its name become one thing.
+"""Sightings -> events: the pieces of a request head, a connection and its name become one thing; DNS is lookups.py's.
 
 In: decoded sightings, in the order of the ring. Out: `Event`s, attributed, named where a name is known, with a
 duration where there are two ends. Who and what things are called is asked through the callables given at start; the
@@ -7,29 +7,28 @@ clock is passed in. Not its job: hiding secrets (redact), counting packets (the 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from exporter import decode, events
-from exporter.decode import Message, Sighting, Step
+from exporter.decode import Message, Piece, Sighting, Step
 from exporter.events import Event, Exchange, Tls, Workload
 from exporter.exchanges import ERRORS, HEADS, OPEN, Ended, Exchanges, valid_traceparent
 from exporter.handshakes import HANDSHAKES, QUIC_HANDSHAKES, Handshake, Handshakes
 from exporter.health import losses
 from exporter.http2 import UNFINISHED, Finished, Http2
-from exporter.parse import DnsMessage, parse_dns, split_authority
+from exporter.lookups import HELD, QUERIES, STREAMS, Lookups
+from exporter.parse import split_authority
 
-QUERIES = 8192  # open at once; a query is given up after QUERY_SECONDS
-QUERY_SECONDS = 5
 SECOND = 1_000_000_000
 
 _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
 
 
-# Event(...) sorts 31 arguments by name, at three times the cost; hence tuples in the order of its fields.
+# Event(...) sorts 33 arguments by name, at three times the cost; hence tuples in the order of its fields.
 _new = tuple.__new__
-assert len(Event._fields) == 31
+assert len(Event._fields) == 33
 
 
 class Join:
@@ -48,9 +47,9 @@ class Join:
         to_wall: Callable[[int], int],
         received: Callable[[int], tuple[int, int] | None],
     ) -> None:
-        self._who, self._name_of, self._learned, self._learn = who, name_of, learned, learn
+        self._who, self._name_of, self._learned = who, name_of, learned
         self._hidden, self._to_wall = hidden, to_wall
-        self._queries: OrderedDict[tuple[int, bytes], Message] = OrderedDict()
+        self._lookups = Lookups(who, learn, hidden, to_wall)
         self._exchanges = Exchanges(received)
         self._handshakes = Handshakes()
         self._ended: deque[Event] = deque()  # by what ended something else
@@ -60,8 +59,10 @@ class Join:
             decode.OPENED: self._connection,
             decode.FAILED: self._connection,
             decode.CLOSED: self._connection,
-            decode.QUERY: self._query,
-            decode.ANSWER: self._answer,
+            decode.QUERY: self._lookups.query,
+            decode.ANSWER: self._lookups.answer,
+            decode.QUERY_PIECE: self._lookups.query_piece,
+            decode.ANSWER_PIECE: self._lookups.answer_piece,
             decode.HELLO: self._hello,
             decode.HEAD: self._exchanges.head,
             decode.TLS_WRITE: self._exchanges.tls_head,
@@ -75,12 +76,12 @@ class Join:
             decode.FRAMES_IN: self._frames,
         }
 
-    room = QUERIES + HEADS + OPEN + HANDSHAKES + QUIC_HANDSHAKES
+    room = QUERIES + HELD + STREAMS + HEADS + OPEN + HANDSHAKES + QUIC_HANDSHAKES
 
     def __len__(self) -> int:
-        return len(self._queries) + len(self._exchanges) + len(self._handshakes) + len(self._http2)
+        return len(self._lookups) + len(self._exchanges) + len(self._handshakes) + len(self._http2)
 
-    def add(self, sighting: Sighting | Message | Step) -> Event | None:
+    def add(self, sighting: Sighting | Message | Piece | Step) -> Event | None:
         """The event that this sighting completes, if it does."""
         read = self._read.get(sighting.kind)
         if read is None:
@@ -126,6 +127,8 @@ class Join:
             *_,
         ) = s
         closed = kind == decode.CLOSED
+        if closed and port == 53:
+            self._lookups.closed(cookie)
         who = self._who(cgroup)
         domain, source = self.name(who, identity, peer, time)
         if closed:
@@ -165,6 +168,8 @@ class Join:
                 flags & decode.EXCLUDED != 0 or (source != events.ADDRESS and self._hidden(domain)),
                 None,
                 None,
+                False,
+                "",
                 False,
             ),
         )
@@ -221,92 +226,7 @@ class Join:
                 exchange,
                 tls,
                 False,
-            ),
-        )
-
-    # --- DNS ------------------------------------------------------------------------------------------------------
-
-    # A query is read when its answer comes, or when none does: until then only their common place matters.
-
-    def _query(self, query: Message) -> None:
-        queries, place = self._queries, query.place
-        if place in queries:  # asked again: the first question's time counts
-            return
-        queries[place] = query
-        if len(queries) > QUERIES:
-            losses.add("join", "queries_full")
-            queries.popitem(last=False)
-
-    def _answer(self, answer: Message) -> Event | None:
-        query = self._queries.get(answer.place)
-        if query is None:  # a second answer, one to a question before our time, or a forged one: nothing is learned
-            losses.add("join", "answer_without_query")
-            return None
-        message = parse_dns(decode.payload(answer.record))
-        if message is None:
-            losses.add("decode", "dns")
-            return None
-        del self._queries[answer.place]
-        event = self._lookup(query, answer.time, message, message.rcode)
-        if event is not None and message.addresses:
-            self._learn(event.workload, message.qname, message.addresses, answer.time)
-        return event
-
-    def _lookup(self, query: Message, end: int, message: DnsMessage, status: str) -> Event | None:
-        asked = decode.whole(query.record)
-        if asked is None:
-            return None
-        (
-            _,
-            time,
-            cgroup,
-            cookie,
-            _,
-            pid,
-            comm,
-            transport,
-            role,
-            scope,
-            local,
-            local_port,
-            peer,
-            port,
-            *_,
-        ) = asked
-        name = message.qname
-        return _new(
-            Event,
-            (
-                events.DNS,
-                self._to_wall(time),
-                self._who(cgroup),
-                pid,
-                comm,
-                transport,
-                role,
-                local,
-                local_port,
-                peer,
-                port,
-                scope,
-                name,
-                events.DNS_ANSWER,
-                status,
-                end - time,
-                0,
-                0,
-                0,
-                None,
-                message.qtype,
-                message.answers,
                 "",
-                "",
-                (),
-                "",
-                cookie,
-                self._hidden(name),
-                None,
-                None,
                 False,
             ),
         )
@@ -421,25 +341,18 @@ class Join:
 
     # --- what never got its other half ----------------------------------------------------------------------------
 
+    def close(self) -> Iterator[Event]:
+        """What is held back for a moment, at the end."""
+        return self._lookups.close()
+
     def expire(self, now: int) -> Iterator[Event]:
-        """What is over since the last call without being anybody's event: requests and handshakes, and queries that
-        were never answered. `now`: CLOCK_MONOTONIC ns."""
+        """What is over since the last call without being anybody's event: requests, handshakes, and lookups that were
+        held or never answered. `now`: CLOCK_MONOTONIC ns."""
         while self._ended:
             yield self._ended.popleft()
         for handshake in self._handshakes.expire(now):
             yield self._tls(handshake)
-        while self._queries:
-            place, query = next(iter(self._queries.items()))
-            if now - query.time < QUERY_SECONDS * SECOND:
-                break
-            del self._queries[place]
-            message = parse_dns(decode.payload(query.record))
-            if message is None:
-                losses.add("decode", "dns")
-                continue
-            event = self._lookup(query, now, message, "timeout")
-            if event is not None:
-                yield event
+        yield from self._lookups.expire(now)
         self._exchanges.expire(now)
         ended, self._exchanges.ended = self._exchanges.ended, []
         for one in ended:

@@ -315,6 +315,14 @@ RCODES = (
     "RCODE13",
     "RCODE14",
     "RCODE15",
+    "BADVERS",
+    "BADKEY",
+    "BADTIME",
+    "BADMODE",
+    "BADNAME",
+    "BADALG",
+    "BADTRUNC",
+    "BADCOOKIE",
 )
 
 # A message of 64 KiB has room for 5,000 answers; nobody needs to see more than this many.
@@ -330,8 +338,9 @@ _PLAIN_LABEL = re.compile(rb"[!-\-/-\[\]-~]+")
 class DnsMessage(NamedTuple):
     """A DNS query or answer. `rcode` is "" on queries. `qname` is lower case, without the final dot, unusual
     bytes escaped as \\DDD (RFC 4343); "." for the root. `answers`: what the answer section says, in its order: an
-    address (canonical), a name, "10 mx.name", "0 5 443 srv.name"; types that are not read (TXT and other) say nothing.
-    `addresses`: (address, TTL in seconds) of the A and AAAA records. `truncated`: TC is set, or the capture ends
+    address (canonical), a name, "10 mx.name", "0 5 443 srv.name", "1 svc.name alpn=h3,h2 port=8443 ipv4hint=192.0.2.1
+    ech"; types that are not read (TXT and other) say nothing. `addresses`: (address, TTL in seconds) of A and AAAA
+    records and of the hints in HTTPS and SVCB. `truncated`: TC is set, or the capture ends
     before the answers do."""
 
     id: int
@@ -358,11 +367,10 @@ def parse_dns(data: bytes) -> DnsMessage | None:
     """Read one DNS message (without the length prefix of TCP); None where it is none, or asks nothing.
 
     Only opcode QUERY with one question, as every resolver sends. Answers that cannot be read end the list and
-    set `truncated`; a question that cannot be read makes it None. Extended codes (EDNS, additional section)
-    are not read."""
+    set `truncated`; a question that cannot be read makes it None."""
     if len(data) < 17:
         return None
-    ident, flags, questions, count, _, _ = _HEADER_FORMAT.unpack_from(data)
+    ident, flags, questions, count, authorities, additional = _HEADER_FORMAT.unpack_from(data)
     if questions != 1 or flags & 0x7800:
         return None
     try:
@@ -392,12 +400,15 @@ def parse_dns(data: bytes) -> DnsMessage | None:
     truncated = flags & 0x0200 != 0
     if response and count and not _answers(data, at + 4, count, answers, addresses):
         truncated = True
+    code = flags & 15
+    if additional and response and not count:  # a code that needs more than four bits has no answers
+        code |= _extended(data, at + 4, authorities, additional) << 4
     return _new(
         DnsMessage,
         (
             ident,
             response,
-            RCODES[flags & 15] if response else "",
+            ("" if not response else RCODES[code] if code < len(RCODES) else f"RCODE{code}"),
             qname,
             QTYPES.get(qtype) or f"TYPE{qtype}",
             tuple(answers),
@@ -427,6 +438,8 @@ def _answers(data: bytes, at: int, count: int, answers: list[str], addresses: li
                 text = known.get(packed) or _address(packed)
                 # RFC 2181 section 8: a TTL with the top bit set is zero.
                 addresses.append((text, ttl if ttl < 1 << 31 else 0))
+            elif kind in (64, 65):
+                text = _service(data, at, end, ttl if ttl < 1 << 31 else 0, addresses)
             else:
                 text = _other(data, at, end, kind)
             if text:
@@ -435,6 +448,22 @@ def _answers(data: bytes, at: int, count: int, answers: list[str], addresses: li
     except (_Bad, IndexError, struct.error):
         return False
     return count <= MAX_ANSWERS
+
+
+def _extended(data: bytes, at: int, authorities: int, additional: int) -> int:
+    """The upper eight bits of the response code, in the OPT record (RFC 6891 section 6.1.3); 0 where there is none."""
+    if data[-11:-8] == b"\0\0\x29" and data[-2:] == b"\0\0":  # it stands last, and without options
+        return data[-6]
+    try:
+        for index in range(min(authorities + additional, MAX_ANSWERS)):
+            _, at = _name(data, at)
+            _, kind, _class, ttl, length = _RECORD_FORMAT.unpack_from(data, at - 2)
+            if kind == 41 and index >= authorities:
+                return int(ttl >> 24)
+            at += 10 + length
+    except (_Bad, IndexError, struct.error):
+        pass
+    return 0
 
 
 def _address(packed: bytes) -> str:
@@ -451,14 +480,52 @@ def _address(packed: bytes) -> str:
     return text
 
 
+def _service(data: bytes, at: int, end: int, ttl: int, addresses: list[tuple[str, int]]) -> str:
+    """An SVCB or HTTPS record (RFC 9460 sections 2.2, 7 and 14.3): priority, target, and the parameters that say where
+    and how to connect. Of ECH only that it is there."""
+    name, after = _name(data, at + 2)
+    words = [f"{int.from_bytes(data[at : at + 2], 'big')} {name}"]
+    while after < end:
+        key, length = _QUESTION_FORMAT.unpack_from(data, after)
+        value = data[after + 4 : after + 4 + length]
+        after += 4 + length
+        if after > end:
+            raise _Bad
+        if key == 1:
+            words.append(f"alpn={','.join(_protocols(value))}")
+        elif key == 3 and length == 2:
+            words.append(f"port={int.from_bytes(value, 'big')}")
+        elif key in (4, 6):
+            size = 4 if key == 4 else 16
+            hints = [_addresses.get(one) or _address(one) for one in _cut(value, size)]
+            addresses += [(hint, ttl) for hint in hints]
+            words.append(f"ipv{key}hint={','.join(hints)}")
+        elif key == 5:
+            words.append("ech")
+    return " ".join(words)
+
+
+def _cut(value: bytes, size: int) -> list[bytes]:
+    if len(value) % size or len(value) > MAX_ANSWERS * size:
+        raise _Bad
+    return [value[at : at + size] for at in range(0, len(value), size)]
+
+
+def _protocols(value: bytes) -> list[str]:
+    found, at = [], 0
+    while at < len(value):
+        after = at + 1 + value[at]
+        if after > len(value):
+            raise _Bad
+        found.append(_escaped(value[at + 1 : after]))
+        at = after
+    return found
+
+
 def _other(data: bytes, at: int, end: int, kind: int) -> str:
     if kind in (2, 5, 12, 39):  # NS, CNAME, PTR, DNAME
         prefix, start = "", at
-    elif kind in (
-        15,
-        64,
-        65,
-    ):  # MX: preference; SVCB, HTTPS: priority. The parameters after the name are not read.
+    elif kind == 15:  # MX: preference
         prefix, start = f"{int.from_bytes(data[at : at + 2], 'big')} ", at + 2
     elif kind == 33:  # SRV: priority, weight, port
         prefix, start = "{} {} {} ".format(*struct.unpack_from("!HHH", data, at)), at + 6

@@ -12,7 +12,6 @@ fallback there."""
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import re
 import socket
@@ -21,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from exporter import document
 from exporter.errors import SettingsError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -41,9 +39,6 @@ DEFAULT_EXCLUDE_CIDRS: tuple[Network, ...] = tuple(
     )
 )
 DEFAULT_EXCLUDE_SUFFIXES = ("cluster.local", "svc", "local", "in-addr.arpa", "ip6.arpa")
-
-# A file larger than this is not a filter file, and reading it whole would cost the node its memory.
-MAX_FILE_BYTES = 1 << 20
 
 # Kubernetes gives every pod variables for each Service of its namespace: a Service called `ebfw` or
 # `ebfw-metrics` makes EBFW_SERVICE_HOST, EBFW_METRICS_PORT_9090_TCP_ADDR and so on. They are not mistakes.
@@ -88,6 +83,15 @@ class Settings:
     """Where /metrics listens: (host, port), host "" = all interfaces, port 0 = any free one; None = nowhere.
     Loopback by default, not all interfaces as in the seed: the page says who talks to whom."""
 
+    metrics_cert: Path | None = None
+    """PEM file with the certificate for /metrics, which is then served over TLS alone."""
+
+    metrics_key: Path | None = None
+    """PEM file with the certificate's key. None: it is in the certificate's file."""
+
+    metrics_users: Path | None = None
+    """File of `name:password` lines; who asks for /metrics has to be one of them. /healthz and /readyz stay open."""
+
     node_name: str = field(default_factory=socket.gethostname)
     """The node's name on every record. Default: the host name; the chart sets the Kubernetes node name."""
 
@@ -113,6 +117,12 @@ class Settings:
     logs: str = "notable"
     """OTLP log records: notable (denials, failures, destinations not seen before) or all."""
 
+    peer_groups: Path | None = None
+    """File that maps networks and domains to groups, the attribute ebfw.peer.group. Read again when it changes."""
+
+    inventory: Path | None = None
+    """File in which the inventory of destinations is kept over restarts. None: no inventory. Under systemd with
+    StateDirectory= the default is inventory.json in that directory."""
     http_headers: frozenset[str] = frozenset()
     """Names of request headers that are told, redacted, in lines and in spans: lower case. Credentials read REDACTED
     all the same. OTEL_INSTRUMENTATION_HTTP_CLIENT_CAPTURE_REQUEST_HEADERS adds to them."""
@@ -229,6 +239,16 @@ def _absolute(text: str) -> Path:
     return path
 
 
+def _file(text: str) -> Path:
+    if "\0" in text:
+        raise ValueError("use a path")
+    return Path(text.strip())
+
+
+def _optional(text: str) -> Path | None:
+    return _absolute(text) if text.strip() else None
+
+
 def _cgroup(text: str) -> Path | None:
     path = _absolute(text)
     return None if path == Path("/sys/fs/cgroup") else path
@@ -280,7 +300,7 @@ def _routes(text: str) -> tuple[str, ...]:
     return found
 
 
-def _network(text: str) -> Network:
+def network(text: str) -> Network:
     """A CIDR as Go's net.ParseCIDR reads it: host bits are masked away. A bare address is that one host.
 
     Written as IPv4-mapped IPv6 it becomes the IPv4 network that it is, since addresses are compared that way.
@@ -290,17 +310,18 @@ def _network(text: str) -> Network:
     try:
         if "%" in word or (slash and not (length.isascii() and length.isdigit())):
             raise ValueError
-        network = ipaddress.ip_network(word, strict=False)
+        found = ipaddress.ip_network(word, strict=False)
     except ValueError:
         raise ValueError("use a network such as 10.0.0.0/8 or fd00::/8") from None
-    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96:
-        mapped = network.network_address.ipv4_mapped
+    if isinstance(found, ipaddress.IPv6Network) and found.prefixlen >= 96:
+        mapped = found.network_address.ipv4_mapped
         if mapped is not None:
-            return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
-    return network
+            return ipaddress.IPv4Network((mapped, found.prefixlen - 96))
+    return found
 
 
-def _suffix(text: str) -> str:
+def domain(text: str) -> str:
+    """A domain, lower case, without dots around it; `*.` in front changes nothing. Raises ValueError."""
     word = text.strip().lower().removeprefix("*.").strip(".")
     if not word or len(word) > 253 or re.search(r"[\s*/:]", word) or ".." in word:
         raise ValueError("use a domain such as example.com; it stands for itself and everything below")
@@ -327,14 +348,19 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("EBFW_INSPECT_BODY", "inspect_body", _boolean, "boolean"),
     Variable("EBFW_OUTPUT", "output", _one_of("text", "json", "none"), "text, json or none"),
     Variable("EBFW_METRICS_ADDR", "metrics_addr", _address, "host:port; empty disables"),
+    Variable("EBFW_METRICS_TLS_CERT", "metrics_cert", _file, "path"),
+    Variable("EBFW_METRICS_TLS_KEY", "metrics_key", _file, "path"),
+    Variable("EBFW_METRICS_USERS", "metrics_users", _file, "path"),
     Variable("EBFW_NODE_NAME", "node_name", _text, "text"),
     Variable("EBFW_ENFORCE_MODE", "enforce_mode", _one_of("off", "log", "enforce"), "off"),
     Variable("EBFW_POLICY_SOURCE", "policy_source", _one_of("file", "crd"), "file or crd"),
-    Variable("EBFW_POLICY", "policy", lambda text: Path(text.strip()), "path"),
+    Variable("EBFW_POLICY", "policy", _file, "path"),
     Variable("EBFW_ENFORCE_DRY_RUN", "enforce_dry_run", _boolean, "boolean"),
     Variable("EBFW_BPF_PIN_PATH", "pin_path", _absolute, "path"),
     Variable("EBFW_SPANS_PER_SECOND", "spans_per_second", _whole(0, 1_000_000), "whole number"),
     Variable("EBFW_LOGS", "logs", _one_of("notable", "all"), "notable or all"),
+    Variable("EBFW_INVENTORY", "inventory", _optional, "path; empty keeps none"),
+    Variable("EBFW_PEER_GROUPS", "peer_groups", _file, "path"),
     Variable("EBFW_HTTP_HEADERS", "http_headers", _names, "names, separated by commas"),
     Variable("EBFW_INSTRUMENTED", "instrumented", _one_of("skip", "add"), "skip or add"),
     Variable("EBFW_CONNECTION_SPANS", "connection_spans", _one_of("notable", "all", "none"), "notable, all or none"),
@@ -352,7 +378,7 @@ VARIABLES: tuple[Variable, ...] = (
 )
 
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
-_EMPTY_MEANS_SOMETHING = frozenset({"EBFW_METRICS_ADDR"})
+_EMPTY_MEANS_SOMETHING = frozenset({"EBFW_METRICS_ADDR", "EBFW_INVENTORY"})
 
 
 def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
@@ -367,6 +393,10 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
     elif config_path is not None:
         raise SettingsError("--config needs the name of a file")
 
+    # systemd.exec(5), StateDirectory=: absolute paths between colons.
+    if state := environ.get("STATE_DIRECTORY", "").split(":")[0]:
+        values["inventory"] = Path(state) / "inventory.json"
+
     for name in sorted(environ):
         if not name.startswith("EBFW_") or name == "EBFW_CONFIG":
             continue
@@ -374,7 +404,7 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
         if variable is None:
             if _SERVICE_LINK.fullmatch(name):
                 continue
-            raise SettingsError(f"{name}: there is no such setting{_nearest(name, (*_BY_NAME, 'EBFW_CONFIG'))}")
+            raise SettingsError(f"{name}: there is no such setting{document.nearest(name, (*_BY_NAME, 'EBFW_CONFIG'))}")
         text = environ[name]
         if not text.strip() and name not in _EMPTY_MEANS_SOMETHING:
             continue
@@ -388,6 +418,8 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
     values["otel"] = {name: text for name, text in environ.items() if name.startswith("OTEL_")}
 
     settings = Settings(**values)
+    if settings.metrics_key is not None and settings.metrics_cert is None:
+        raise SettingsError("EBFW_METRICS_TLS_KEY is set without EBFW_METRICS_TLS_CERT: set both")
     if settings.enforce_mode != "off":
         raise SettingsError(
             f"EBFW_ENFORCE_MODE={settings.enforce_mode}: enforcement is not in this version; leave it off to observe"
@@ -399,89 +431,17 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise SettingsError(f"{path}: cannot read the configuration: {reason}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise SettingsError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; this is not a configuration of ebfw")
-    try:
-        # compose() is the first half of safe_load(): the same resolver, but the nodes still know their lines,
-        # and keys that stand twice are still there to be refused.
-        root = yaml.compose(data, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{path}:{mark.line + 1}" if mark else path
-        raise SettingsError(f"{where}: not YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise SettingsError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
-
     values: dict[str, Any] = {}
-    if root is None or _is_null(root):
+    root = document.read(path, "the configuration")
+    if root is None:
         return values
-    top = _mapping(path, root, "", ("cgroup", "exclude"))
+    top = document.mapping(path, root, "", ("cgroup", "exclude"))
     if (node := top.get("cgroup")) is not None:
-        values["cgroup"] = _scalar(path, node, "cgroup", _cgroup)
+        values["cgroup"] = document.scalar(path, node, "cgroup", _cgroup)
     if (node := top.get("exclude")) is not None:
-        exclude = _mapping(path, node, "exclude", ("cidrs", "domainSuffixes"))
+        exclude = document.mapping(path, node, "exclude", ("cidrs", "domainSuffixes"))
         if (node := exclude.get("cidrs")) is not None:
-            values["exclude_cidrs"] = _list(path, node, "exclude.cidrs", _network)
+            values["exclude_cidrs"] = document.items(path, node, "exclude.cidrs", network)
         if (node := exclude.get("domainSuffixes")) is not None:
-            values["exclude_suffixes"] = _list(path, node, "exclude.domainSuffixes", _suffix)
+            values["exclude_suffixes"] = document.items(path, node, "exclude.domainSuffixes", domain)
     return values
-
-
-def _is_null(node: yaml.Node) -> bool:
-    return bool(node.tag == "tag:yaml.org,2002:null")
-
-
-def _fail(path: str, node: yaml.Node, key: str, text: str) -> SettingsError:
-    mark = node.start_mark
-    where = f"{path}:{mark.line + 1}" if mark else path
-    return SettingsError(f"{where}: {key + ': ' if key else ''}{text}")
-
-
-def _mapping(path: str, node: yaml.Node, key: str, known: tuple[str, ...]) -> dict[str, yaml.Node]:
-    """The mapping's values by key; keys whose value is null are left out, as Go's YAML does."""
-    if not isinstance(node, yaml.MappingNode):
-        raise _fail(path, node, key, f"expected a mapping with {' and '.join(known)}")
-    found: dict[str, yaml.Node] = {}
-    for name_node, value in node.value:
-        name = str(name_node.value) if isinstance(name_node, yaml.ScalarNode) else "(not a plain key)"
-        full = f"{key}.{name}" if key else name
-        if name not in known:
-            raise _fail(path, name_node, full, f"there is no such key{_nearest(name, known)}")
-        if name in found:
-            raise _fail(path, name_node, full, "stands here a second time; keep one of the two")
-        found[name] = value
-    return {name: value for name, value in found.items() if not _is_null(value)}
-
-
-def _scalar(path: str, node: yaml.Node, key: str, parse: Callable[[str], Any]) -> Any:
-    # A YAML number, date or boolean is refused rather than turned back into text: 010 or `no` would not
-    # survive.
-    if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
-        raise _fail(path, node, key, "expected text; put it in quotes if it looks like something else")
-    try:
-        return parse(node.value)
-    except ValueError as error:
-        raise _fail(path, node, key, f"{node.value!r}: {error}") from None
-
-
-def _list(path: str, node: yaml.Node, key: str, parse: Callable[[str], Any]) -> tuple[Any, ...]:
-    if not isinstance(node, yaml.SequenceNode):
-        raise _fail(path, node, key, "expected a list")
-    items = [_scalar(path, item, f"{key}[{index}]", parse) for index, item in enumerate(node.value)]
-    return tuple(dict.fromkeys(items))
-
-
-def _nearest(word: str, known: tuple[str, ...]) -> str:
-    """ "; did you mean X?" or, where nothing is near, "". Case and punctuation do not count."""
-
-    def flat(text: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", text.lower())
-
-    near = difflib.get_close_matches(flat(word), [flat(name) for name in known], n=1, cutoff=0.6)
-    return next((f"; did you mean {name}?" for name in known if near and flat(name) == near[0]), "")

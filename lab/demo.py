@@ -85,6 +85,7 @@ class Agent:
             "EBFW_METRICS_ADDR": self.address,
             "EBFW_BPF_PIN_PATH": str(self._pins),
             "PYTHONUNBUFFERED": "1",
+            "EBFW_INVENTORY": "",  # all that a demo does is new
         }
         installed = Path(sys.executable).with_name("ebfw")
         self._command = [str(installed)] if installed.exists() else [sys.executable, "-m", "exporter"]

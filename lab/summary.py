@@ -61,11 +61,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
+    # Units as in the agent's own lines.
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+        count /= 1024
+    return f"{count:.1f} GiB"
 
 
 def describe(text: str, steps: Mapping[str, int], odd: Sequence[str], roles: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ Text, the seed's lines with what it lacked behind them as key=value, blanks insi
     DNS      SRC ? NAME (TYPE)        TLS      SRC -> SNI  (DST:PORT)
     HTTP     SRC -> METHOD HOSTPATH   HTTPS    [pid=N COMM] METHOD HOSTPATH
     CLOSE    SRC -> DST:PORT  tx=1.2KiB rx=3.4MiB ...
+    NEW      SRC -> DST:PORT  name=example.com via=sni
     TLS      SRC -> SNI  (DST:PORT)  status=ok took=12.3ms version=1.3 alpn=h2,http/1.1 ...
 
 `->` is egress; what is not, says dir=ingress or dir=unknown. JSON: the seed's fields and ours, empty ones
@@ -178,6 +179,7 @@ _COLOURS = {
     events.TLS: "\x1b[34m",
     events.HTTP: "\x1b[32m",
     events.HTTPS: "\x1b[1;32m",
+    events.NEW: "\x1b[1;33m",
 }
 _RED, _DIM, _OFF = "\x1b[31m", "\x1b[2m", "\x1b[0m"
 _BAD_STATUS = frozenset(events.FAILURES) - {events.CANCELLED}
@@ -205,7 +207,9 @@ class TextFormat:
             what = what.ljust(_WIDTH)
         if self._colour:
             good = _GOOD.get(event.kind)
-            bad = event.status in _BAD_STATUS if good is None else event.status not in good
+            bad = (
+                event.status in _BAD_STATUS if good is None else event.status not in good and not event.search_expansion
+            )
             label = f"{_RED if bad else _COLOURS.get(event.kind, '')}{label}{_OFF}"
             details = f"{_DIM}{details}{_OFF}" if details else ""
         text = f"{self._time(event.time)}{label}{what}" + (f"  {details}" if details else "") + "\n"
@@ -284,14 +288,20 @@ def _details(event: Event) -> list[str]:
         out.append(f"answers={shown}" + (f",+{more}" if more > 0 else ""))
     if event.role != events.CLIENT:
         out.append("dir=ingress" if event.role == events.SERVER else "dir=unknown")
-    if event.transport not in ("tcp", "") and kind in (events.CONNECT, events.CLOSE):
+    if event.transport not in ("tcp", "") and kind in (events.CONNECT, events.CLOSE, events.NEW):
         out.append(f"proto={printable(event.transport)}")
     if event.pid and kind != events.HTTPS:
         out.append(f"proc={printable(event.comm)}[{event.pid}]")
-    if kind in (events.CONNECT, events.CLOSE) and event.domain and event.name_source != events.ADDRESS:
+    if kind in (events.CONNECT, events.CLOSE, events.NEW) and event.domain and event.name_source != events.ADDRESS:
         out.append(f"name={printable(event.domain)}")
     if event.name_source and kind != events.DNS:
         out.append(f"via={event.name_source}")
+    if event.search_expansion:
+        out.append("search=true")
+    if event.credentials:
+        out.append("cleartext-credentials=true")
+    if event.group:
+        out.append(f"group={event.group}")
     if event.proxy:
         out.append(f"proxy={printable(event.proxy)}")
     return out
@@ -367,7 +377,7 @@ class JsonFormat:
             kind, when, who, pid, comm, transport, role, src, src_port, dst, port, scope, domain,
             source, status, duration, sent, received, retransmits, rtt, dns_type, answers,
             method, path, headers, proxy, _cookie, _filtered,
-            exchange, tls, _,
+            exchange, tls, search, group, credentials,
         ) = event  # fmt: skip
         second, nanoseconds = divmod(when, 1_000_000_000)
         if second != self._second:
@@ -409,6 +419,12 @@ class JsonFormat:
             add(f'"scope":"{scope}"')
         if source:
             add(f'"name_source":"{source}"')
+        if group:
+            add(f'"group":"{group}"')
+        if search:
+            add('"search_expansion":true')
+        if credentials:
+            add('"cleartext_credentials":true')
         if status:
             add(f'"status":{_string(status)}')
         if duration is not None:

@@ -30,7 +30,7 @@ from exporter.emit.spans import (
     where,
 )
 from exporter.emit.trace_context import Context
-from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, TLS, Event
+from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, NEW, TLS, Event
 from exporter.health import printable
 
 INFO, WARN = 9, 13  # SeverityNumber
@@ -55,6 +55,7 @@ _NAMES = {
     TLS: c.EVENT_TLS,
     HTTP: c.EVENT_HTTP,
     HTTPS: c.EVENT_HTTP,
+    NEW: c.EVENT_DESTINATION_NEW,
 }
 
 
@@ -80,10 +81,13 @@ class Record(NamedTuple):
 
 class Notable:
     """Decides. One thread calls it. `volume`: "notable" or "all". At most 65,536 destinations and 4,096
-    failures are remembered; a destination that was forgotten is told again."""
+    failures are remembered; a destination that was forgotten is told again. `inventory`: there is one, whose events
+    tell new destinations, also over restarts."""
 
-    def __init__(self, volume: str = "notable", clock: Callable[[], float] = time.monotonic) -> None:
-        self._all = volume == "all"
+    def __init__(
+        self, volume: str = "notable", clock: Callable[[], float] = time.monotonic, inventory: bool = False
+    ) -> None:
+        self._all, self._inventory = volume == "all", inventory
         self._clock = clock
         # Two generations of hashes are an LRU that costs 6 MB when full; an OrderedDict would cost 20.
         self._young: set[int] = set()
@@ -95,7 +99,8 @@ class Notable:
         """The note for this event, or None where it needs none. `context`: the trace that the event is in."""
         if not told(event):
             return None
-        first = event.kind in _DESTINATIONS and self._first_seen(event)
+        kind = event.kind
+        first = kind == NEW or (not self._inventory and kind in _DESTINATIONS and self._first_seen(event))
         if self._all:
             return Note(event, first, context=context)
         if not grave(event):
@@ -159,7 +164,7 @@ def record(note: Note) -> Record:
     if event.cookie:
         # Text: a cookie uses all 64 bits, an attribute's integer is signed.
         found.append((c.CONNECTION_ID, f"{event.cookie:x}"))
-    if note.first_seen:
+    if note.first_seen and event.kind != NEW:
         found.append((c.FIRST_SEEN, True))
     if note.repeats:
         found.append((c.REPEATS, note.repeats))
@@ -171,6 +176,8 @@ def _request(event: Event) -> Pairs:
     scheme = event.exchange.scheme if event.exchange is not None else event.kind
     pairs: Pairs = [(c.URL_SCHEME, scheme), (c.URL_PATH, path), (c.URL_QUERY, query)]
     pairs = outcome(event, "") + [pair for pair in pairs if pair[1]]
+    if event.credentials:
+        pairs.append((c.CLEARTEXT_CREDENTIALS, True))
     if event.exchange is not None:
         pairs += [(c.PROTOCOL_VERSION, event.exchange.version), *measures(event.exchange)]
     return pairs
@@ -199,7 +206,7 @@ def _body(note: Note, error: str) -> str:
         if event.exchange is not None and event.exchange.status and not error:
             text += f": {event.exchange.status}"
     else:
-        verb = "closed" if event.kind == CLOSE else "to"
+        verb = "closed" if event.kind == CLOSE else "for the first time to" if event.kind == NEW else "to"
         peer = f"[{host}]:{event.port}" if ":" in host else f"{host}:{event.port}"
         text = f"{who} {verb} {peer}"
     if error:

@@ -122,13 +122,13 @@ class Metrics:
         """Fold in by how much a kernel row moved. `start_ns`: wall clock, when that row began to count."""
         key: tuple[Value, ...]
         if flow.other:
-            key = (c.OTHER, flow.transport, flow.scope, "", flow.role)
+            key = (c.OTHER, flow.transport, flow.scope, "", flow.role, "")
         elif flow.filtered:
-            key = (c.EXCLUDED, flow.transport, flow.scope, "", flow.role)
+            key = (c.EXCLUDED, flow.transport, flow.scope, "", flow.role, "")
         elif flow.role == SERVER:
-            key = (c.INBOUND, flow.transport, flow.scope, "", SERVER)
+            key = (c.INBOUND, flow.transport, flow.scope, "", SERVER, "")
         else:
-            key = (flow.name or flow.peer, flow.transport, flow.scope, flow.name_source, flow.role)
+            key = (flow.name or flow.peer, flow.transport, flow.scope, flow.name_source, flow.role, flow.group)
         if self._port:
             key += ("" if flow.other or flow.filtered or flow.role == SERVER else flow.port,)
         with self._lock:
@@ -208,6 +208,7 @@ class Metrics:
                         event.role,
                         event.status,
                         filtered,
+                        event.group,
                     )
                     if self._port:
                         key += (event.port,)
@@ -412,7 +413,8 @@ class Metrics:
         if kind == CONNECT:
             error = "" if event.status == OK else c.CONNECT_ERRORS.get(event.status, event.status)
             source = "" if event.filtered else event.name_source
-            values = (name, "tcp", event.scope, source, event.role, error)
+            group = "" if event.filtered else event.group
+            values = (name, "tcp", event.scope, source, event.role, group, error)
             return [(_CONNECT, (*values, "" if event.filtered else event.port) if self._port else values)]
         if kind == TLS and tls is not None:
             return [(_TLS, (name, tls.version, handshake_error(event), event.scope if event.filtered else ""))]

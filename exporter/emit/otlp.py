@@ -49,7 +49,8 @@ _TICK = 1.0  # seconds after which a worker looks even if nobody woke it
 class Otlp:
     """All three signals. `environ` holds the OTEL_* variables (settings.otel).
 
-    `spans_per_second` is the node's budget while no sampler is set; 0 makes no spans. `logs` is notable or all.
+    `spans_per_second` is the node's budget while no sampler is set; 0 makes no spans. `logs` is notable or all;
+    with an `inventory` new destinations are its events.
     `setups` tells how connections came about; `instrumented` who tells its own requests; `template` is a request's
     url.template; `headers` are the request headers that may be told.
     """
@@ -63,6 +64,7 @@ class Otlp:
         version: str = "",
         spans_per_second: int = 100,
         logs: str = "notable",
+        inventory: bool = False,
         losses: health.Losses | None = None,
         setups: Setups | None = None,
         instrumented: Instrumented | None = None,
@@ -80,7 +82,7 @@ class Otlp:
         )
         self._losses = losses or health.losses
         self._lock = threading.Lock()
-        self._notable = Notable(logs)
+        self._notable = Notable(logs, inventory=inventory)
         self._setups = Setups() if setups is None else setups
         self._instrumented = Instrumented() if instrumented is None else instrumented
         self._template, self._headers = template, headers

@@ -33,7 +33,7 @@ class EventType(NamedTuple):
 
 _PLACE: Final = (
     c.SERVER_ADDRESS, c.SERVER_PORT, c.PEER_ADDRESS, c.PEER_PORT, c.LOCAL_ADDRESS, c.LOCAL_PORT, c.TRANSPORT,
-    c.NETWORK_TYPE, c.PEER_NAME_SOURCE, c.PEER_SCOPE, c.ROLE, c.PROCESS_PID, c.PROCESS_EXECUTABLE,
+    c.NETWORK_TYPE, c.PEER_NAME_SOURCE, c.PEER_SCOPE, c.ROLE, c.PEER_GROUP, c.PROCESS_PID, c.PROCESS_EXECUTABLE,
 )  # fmt: skip
 _RESOLVER: Final = tuple(name for name in _PLACE if name != c.PEER_NAME_SOURCE)
 _DNS: Final = (c.DNS_QUESTION_NAME, c.DNS_QUESTION_TYPE, c.DNS_RCODE, c.DNS_ANSWERS, c.DNS_SEARCH_EXPANSION)
@@ -104,7 +104,12 @@ EVENTS: Final = (
     EventType(
         c.EVENT_HTTP, "INFO; WARN for 5xx, and where there was no answer", c.DEVELOPMENT,
         "An HTTP request or gRPC call. Carries the trace context that the application sent.",
-        (*_RECORD, *_REQUEST, *_RPC, c.URL_PATH, c.URL_QUERY, c.HTTP_DURATION),
+        (*_RECORD, *_REQUEST, *_RPC, c.URL_PATH, c.URL_QUERY, c.HTTP_DURATION, c.CLEARTEXT_CREDENTIALS),
+    ),
+    EventType(
+        c.EVENT_DESTINATION_NEW, "INFO", c.DEVELOPMENT,
+        "A workload talked to a destination for the first time in the inventory's life; only with EBFW_INVENTORY.",
+        (*_PLACE, c.CONNECTION_ID),
     ),
 )  # fmt: skip
 

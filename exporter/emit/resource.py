@@ -116,6 +116,7 @@ class Resources:
             c.K8S_CONTAINER_NAME: w.container_name if w.pod_uid else "",
             c.CONTAINER_NAME: w.container_name,
             c.CONTAINER_ID: w.container_id,
+            c.CONTAINER_IMAGE_NAME: w.image,
             c.CONTAINER_RUNTIME: w.runtime,
             c.SYSTEMD_UNIT: w.unit,
             c.USER_ID: None if w.user_id is None else str(w.user_id),

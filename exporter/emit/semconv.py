@@ -30,6 +30,7 @@ K8S_CONTAINER_NAME: Final = "k8s.container.name"
 K8S_NODE_NAME: Final = "k8s.node.name"
 CONTAINER_NAME: Final = "container.name"
 CONTAINER_ID: Final = "container.id"
+CONTAINER_IMAGE_NAME: Final = "container.image.name"
 CONTAINER_RUNTIME: Final = "container.runtime.name"
 HOST_NAME: Final = "host.name"
 DISTRO_NAME: Final = "telemetry.distro.name"
@@ -53,6 +54,7 @@ ERROR_TYPE: Final = "error.type"
 DNS_QUESTION_NAME: Final = "dns.question.name"
 DNS_ANSWERS: Final = "dns.answers"
 DNS_QUESTION_TYPE: Final = "ebfw.dns.question.type"
+DNS_SEARCH_EXPANSION: Final = "ebfw.dns.search_expansion"
 DNS_RCODE: Final = "ebfw.dns.rcode"
 HTTP_METHOD: Final = "http.request.method"
 HTTP_METHOD_ORIGINAL: Final = "http.request.method_original"
@@ -70,7 +72,6 @@ TLS_VERSION: Final = "tls.protocol.version"
 TLS_GROUP: Final = "ebfw.tls.group"
 TLS_POST_QUANTUM: Final = "ebfw.tls.post_quantum"
 TLS_JA4: Final = "ebfw.tls.ja4"
-DNS_SEARCH_EXPANSION: Final = "ebfw.dns.search_expansion"
 # Of spans and log records only
 URL_FULL: Final = "url.full"
 USER_AGENT: Final = "user_agent.original"
@@ -94,6 +95,7 @@ PROCESS_PID: Final = "process.pid"
 PROCESS_EXECUTABLE: Final = "process.executable.name"
 PEER_SCOPE: Final = "ebfw.peer.scope"
 PEER_NAME_SOURCE: Final = "ebfw.peer.name.source"
+PEER_GROUP: Final = "ebfw.peer.group"
 ROLE: Final = "ebfw.role"
 CONNECTION_STATE: Final = "ebfw.connection.state"
 CONNECTION_ID: Final = "ebfw.connection.id"
@@ -104,6 +106,9 @@ CONNECTION_RETRANSMITS: Final = "ebfw.connection.retransmits"
 CONNECTION_RTT: Final = "ebfw.connection.rtt"
 CONNECT_DURATION: Final = "ebfw.connect.duration"
 DNS_DURATION: Final = "ebfw.dns.duration"
+CLEARTEXT_CREDENTIALS: Final = "ebfw.http.cleartext_credentials"
+FINDING: Final = "ebfw.hygiene.finding"
+PHASE: Final = "ebfw.hygiene.phase"
 PROXY: Final = "ebfw.proxy.address"
 TLS_COVERAGE: Final = "ebfw.tls.coverage"  # classes: exporter/kernel/tls_libraries.py
 REPEATS: Final = "ebfw.repeats"
@@ -121,6 +126,7 @@ IDENTITY: Final = (SERVICE_NAME, SERVICE_NAMESPACE, K8S_NAMESPACE_NAME, K8S_POD_
 # Log record event names
 EVENT_CONNECTION: Final = "ebfw.egress.connection"
 EVENT_DNS: Final = "ebfw.egress.dns"
+EVENT_DESTINATION_NEW: Final = "ebfw.egress.destination.new"
 EVENT_TLS: Final = "ebfw.egress.tls"
 EVENT_HTTP: Final = "ebfw.egress.http.request"
 
@@ -215,7 +221,7 @@ _SIZE_BOUNDS: Final = (0.0, *(float(1 << exponent) for exponent in range(8, 28, 
 # apart.
 _RTT_BOUNDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
-_FLOW: Final = (SERVER_ADDRESS, TRANSPORT, PEER_SCOPE, PEER_NAME_SOURCE, ROLE)
+_FLOW: Final = (SERVER_ADDRESS, TRANSPORT, PEER_SCOPE, PEER_NAME_SOURCE, ROLE, PEER_GROUP)
 
 _HTTP: Final = (
     HTTP_METHOD, SERVER_ADDRESS, SERVER_PORT, HTTP_STATUS, ERROR_TYPE, PROTOCOL_VERSION, PEER_SCOPE,
@@ -298,6 +304,27 @@ WORKLOAD_INFO = Metric(
     (K8S_POD_NAME, K8S_POD_UID, CONTAINER_ID, WORKLOAD_KIND, SYSTEMD_UNIT),
 )  # fmt: skip
 
+# What is worth a look: hygiene.py
+FINDINGS = Metric(
+    "ebfw.hygiene.findings", "{finding}", COUNTER,
+    "How often it was found: cleartext_credentials, obsolete_tls, no_post_quantum, dns_search.", (FINDING,),
+)  # fmt: skip
+CHECKED = Metric(
+    "ebfw.hygiene.checked", "{event}", COUNTER,
+    "How often it could have been found: plaintext requests, handshakes that told, lookups.", (FINDING,),
+)  # fmt: skip
+HYGIENE_CONNECTIONS = Metric(
+    "ebfw.hygiene.http.connections", "{connection}", COUNTER, "Closed connections that carried HTTP requests."
+)
+HYGIENE_REQUESTS = Metric(
+    "ebfw.hygiene.http.requests", "{request}", COUNTER, "HTTP requests that these connections carried."
+)
+HYGIENE_TIME = Metric("ebfw.hygiene.time", "s", COUNTER, "Time spent by phase: dns, connect, tls, request.", (PHASE,))
+PORTS_USED = Metric(
+    "ebfw.hygiene.ports.used", "{port}", GAUGE,
+    "Ephemeral ports that open connections hold towards one destination, from 100 up.", (PEER_ADDRESS, PEER_PORT),
+)  # fmt: skip
+
 # What the agent does. The first four keep the seed's names, hence their short attribute names.
 EVENTS = Metric("ebfw.events", "{event}", COUNTER, "Events told, by kind.", ("kind",))
 FILTERED = Metric("ebfw.filtered", "{event}", COUNTER, "Events not told because `exclude` matched, by kind.", ("kind",))
@@ -344,6 +371,9 @@ CLAMPED = Metric(
     "ebfw.totals.clamped", "{measurement}", COUNTER, "Totals that would have fallen and were held.",
     ("ebfw.metric",),
 )  # fmt: skip
+PORTS_AVAILABLE = Metric(
+    "ebfw.hygiene.ports.available", "{port}", GAUGE, "Ephemeral ports that this host allows towards one destination."
+)
 BUILD_INFO = Metric("ebfw.build.info", "", GAUGE, "The running version; always 1.", ("ebfw.version", "ebfw.kernel"))
 START_TIME = Metric("ebfw.start.time", "s", GAUGE, "When the agent started, seconds since the epoch.")
 CPU_TIME = Metric("process.cpu.time", "s", COUNTER, "CPU time of the agent.", ("cpu.mode",), observed=True)
@@ -352,12 +382,12 @@ MEMORY = Metric("process.memory.usage", "By", UPDOWN, "Resident memory of the ag
 WORKLOAD_METRICS: Final = (
     NETWORK_IO, NETWORK_PACKETS, TCP_CONNECTIONS, TCP_FAILURES, TCP_RETRANSMITS, OPEN_CONNECTIONS, CONNECT_TIME, RTT,
     DNS_TIME, TLS_TIME, TLS_HANDSHAKES, HTTP_TIME, HTTP_FIRST_BYTE, HTTP_REQUEST_SIZE, HTTP_RESPONSE_SIZE, HTTP_ACTIVE,
-    RPC_TIME, WORKLOAD_INFO,
+    RPC_TIME, FINDINGS, CHECKED, HYGIENE_CONNECTIONS, HYGIENE_REQUESTS, HYGIENE_TIME, PORTS_USED, WORKLOAD_INFO,
 )  # fmt: skip
 AGENT_METRICS: Final = (
     EVENTS, FILTERED, ATTRIBUTION, UPROBE_ATTACHED, TLS_CONNECTIONS, RECORDS_LOST, EXPORTED, EXPORT_REQUESTS,
     EXPORT_TIME, QUEUE, TABLE_USED, TABLE_SIZE, FEATURE, SERIES, SERIES_OVERFLOW, SERIES_EXPIRED, CLAMPED, BUILD_INFO,
-    START_TIME, CPU_TIME, MEMORY,
+    START_TIME, CPU_TIME, MEMORY, PORTS_AVAILABLE,
 )  # fmt: skip
 METRICS: Final = WORKLOAD_METRICS + AGENT_METRICS
 BY_NAME: Final = {metric.name: metric for metric in METRICS}
@@ -442,6 +472,11 @@ ATTRIBUTES: Final = (
         (PEER_SCOPE, "string", "internet, loopback, private or link_local"),
         (PEER_NAME_SOURCE, "string", "where the peer's name comes from: host, sni, dns, address"),
         (ROLE, "string", "client, server or unknown"),
+        (PEER_GROUP, "string", "the user's own word for this peer and others like it: EBFW_PEER_GROUPS"),
+        (CLEARTEXT_CREDENTIALS, "boolean", "a plaintext request carried Authorization, Cookie or user info"),
+        (FINDING, "string", "cleartext_credentials, obsolete_tls, no_post_quantum or dns_search"),
+        (PHASE, "string", "dns, connect, tls or request"),
+        (CONTAINER_IMAGE_NAME, "string", "the container's image, as its engine names it"),
         (CONNECTION_STATE, "string", "opened or closed"),
         (CONNECTION_ID, "string", "joins what one connection did"),
         (CONNECTION_DURATION, "double", "how long the connection lasted, in seconds"),

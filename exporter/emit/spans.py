@@ -63,8 +63,8 @@ def grpc_code(number: int) -> str:
 
 
 def failed(event: Event) -> bool:
-    """True where the event is a failure in rates: cancelled is not (D3)."""
-    return event.status != CANCELLED and error_type(event) != ""
+    """True where the event is a failure in rates: neither cancelled nor a step of a search list is (D3)."""
+    return event.status != CANCELLED and not event.search_expansion and error_type(event) != ""
 
 
 def grave(event: Event) -> bool:
@@ -133,8 +133,8 @@ def base_url(event: Event) -> str:
 
 
 def peer(event: Event) -> Pairs:
-    """Depends on domain, name_source, dst, port, scope, role, transport, proxy and the exchange's scheme, version
-    and server_port."""
+    """Depends on domain, name_source, dst, port, scope, role, transport, proxy, group and the exchange's scheme,
+    version and server_port."""
     exchange = event.exchange
     return _present(
         (c.SERVER_ADDRESS, event.domain or event.dst),
@@ -146,6 +146,7 @@ def peer(event: Event) -> Pairs:
         (c.PEER_NAME_SOURCE, event.name_source or ADDRESS),
         (c.PEER_SCOPE, event.scope),
         (c.ROLE, event.role),
+        (c.PEER_GROUP, event.group),
         (c.PROXY, event.proxy),
         (c.URL_SCHEME, exchange.scheme if exchange is not None else event.kind),
         (c.PROTOCOL_VERSION, exchange.version if exchange is not None else ""),
@@ -256,6 +257,7 @@ def where(event: Event) -> Pairs:
         (c.PEER_NAME_SOURCE, "" if lookup else event.name_source or ADDRESS),
         (c.PEER_SCOPE, event.scope),
         (c.ROLE, event.role),
+        (c.PEER_GROUP, event.group),
         (c.PROCESS_PID, event.pid),
         (c.PROCESS_EXECUTABLE, event.comm),
         (c.PROXY, event.proxy if event.kind in (HTTP, HTTPS, TLS) else ""),

@@ -659,12 +659,13 @@ class Workloads:
 
 def _named(workload: Workload, info: ContainerInfo) -> Workload:
     if workload.kind != "pod":
-        return workload._replace(name=info.name, container_name=info.name)
+        return workload._replace(name=info.name, container_name=info.name, image=info.image)
     return workload._replace(
         name=info.pod_name or workload.name,
         pod_name=info.pod_name,
         namespace=info.namespace,
         container_name=info.container_name,
+        image=info.image,
     )
 
 

@@ -205,12 +205,13 @@ _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 
 
 class ContainerInfo(NamedTuple):
-    """What an engine says of a container: its name and, where a kubelet made it through Docker, its pod."""
+    """What an engine says of a container: its name, its image and, where a kubelet made it through Docker, its pod."""
 
     name: str
     container_name: str = ""
     pod_name: str = ""
     namespace: str = ""
+    image: str = ""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -335,6 +336,7 @@ def _info(document: object) -> ContainerInfo | None:
         _word(get("io.kubernetes.container.name")),
         _word(get("io.kubernetes.pod.name")),
         _word(get("io.kubernetes.pod.namespace")),
+        _word(config.get("Image")) if isinstance(config, dict) else "",
     )
     return info if name else None
 

@@ -55,7 +55,8 @@ def prepare(path: Path) -> None:
         if mounted_at(path) is None:
             target = _SYSTEM if _SYSTEM in path.parents and _SYSTEM.is_dir() else path
             new = not target.exists()
-            target.mkdir(parents=True, exist_ok=True)
+            # Its parents are not ours to make: nobody would remove them. A spelling mistake ends here, too.
+            target.mkdir(exist_ok=True)
             try:
                 _mount(target)
             except KernelError:
@@ -64,6 +65,10 @@ def prepare(path: Path) -> None:
                 raise
             (target / _MARK).mkdir()
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except FileNotFoundError:
+        raise PinError(
+            f"cannot pin below {path}: {path.parent} does not exist. Make it, or set EBFW_BPF_PIN_PATH to another path."
+        ) from None
     except PermissionError as error:
         raise NotPermitted(f"cannot make {path}: {error.strerror}. Run as root, or set EBFW_BPF_PIN_PATH.") from None
     except OSError as error:
@@ -74,6 +79,8 @@ def problem(path: Path) -> str:
     """What keeps us from pinning below the path, tried out without leaving anything there; "" for nothing."""
     try:
         point = mounted_at(path)
+        if point is None and _SYSTEM not in path.parents and not path.parent.is_dir():
+            return f"cannot pin below {path}: {path.parent} does not exist"
         with tempfile.TemporaryDirectory(prefix="ebfw_check_", dir=point) as folder:
             if point is None:
                 _mount(Path(folder))

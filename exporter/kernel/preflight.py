@@ -54,7 +54,7 @@ def report(
     for text in _hybrid_limits():
         r.fact("hybrid cgroups", text)
     point = pins.mounted_at(pin_path)
-    where = f"mounted at {point}" if point else f"not mounted; ebfw mounts it for {pin_path}"
+    where = f"mounted at {point}" if point else f"ebfw can mount it for {pin_path}, and unmounts it again"
     refused = pins.problem(pin_path)
     r.line("bpffs", not refused, refused or where, needed=True)
     r.fact("lockdown", _word("/sys/kernel/security/lockdown"))

@@ -149,6 +149,11 @@ class Watch:
         self._next = len(self.tap.sightings)
         return self
 
+    def expire(self, ahead: float = 0) -> Watch:
+        """What was held back, or never answered, `ahead` seconds from now."""
+        self.events += self.join.expire(time.monotonic_ns() + int(ahead * 1e9))
+        return self
+
     @property
     def moved(self) -> dict[maps.FlowKey, Counts]:
         """By how much each row moved since the watch began."""

@@ -214,9 +214,11 @@ class Host:
             **settings,
         }
 
-    def start(self, *, tree: Path = REPO, stdout: int | None = None, **settings: str) -> Agent:
-        """Start an agent; `.ready()` waits for it."""
-        agent = Agent(self, len(self.agents), settings, stdout=stdout, tree=tree)
+    def start(
+        self, *, tree: Path = REPO, stdout: int | None = None, command: Sequence[str] = (), **settings: str
+    ) -> Agent:
+        """Start an agent; `.ready()` waits for it. `command`: what makes the agent's process of its own."""
+        agent = Agent(self, len(self.agents), settings, command, stdout=stdout, tree=tree)
         self.agents.append(agent)
         return agent
 

@@ -6,12 +6,14 @@ kernel, a process and a signal.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import os
 import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -104,13 +106,14 @@ def test_root_without_capabilities(host: Host) -> None:
 # --- what is in the way ---------------------------------------------------------------------------------------
 
 
-def test_taken_metrics_port(host: Host) -> None:
-    """Said before anything is attached."""
+def test_d9_taken_metrics_port(host: Host) -> None:
+    """Said before anything is attached, with another port that may be free."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         text = one_sentence(host.ebfw(EBFW_METRICS_ADDR=f"127.0.0.1:{port}"), 2)
     assert f"EBFW_METRICS_ADDR=127.0.0.1:{port}" in text
     assert "taken" in text
+    assert re.search(rf"set EBFW_METRICS_ADDR=127\.0\.0\.1:({port + 1}|{port - 1}), or leave it empty", text)
     assert host.left_behind() == []
 
 
@@ -128,6 +131,80 @@ def test_pin_path_that_cannot_be(host: Host) -> None:
     file.write_text("")
     text = one_sentence(host.ebfw(EBFW_BPF_PIN_PATH=str(file / "pins"), EBFW_METRICS_ADDR=""), 1)
     assert "EBFW_BPF_PIN_PATH" in text
+
+
+def test_pin_path_in_a_folder_that_does_not_exist(host: Host) -> None:
+    """Nothing is made on the way there, so nothing is left behind."""
+    missing = host.directory / "missing"
+    text = one_sentence(host.ebfw(EBFW_BPF_PIN_PATH=str(missing / "pins"), EBFW_METRICS_ADDR=""), 1)
+    assert f"{missing} does not exist" in text
+    assert "EBFW_BPF_PIN_PATH" in text
+    checked = host.ebfw("check", EBFW_BPF_PIN_PATH=str(missing / "pins"))
+    assert checked.returncode == 1
+    assert re.search(rf"^  bpffs +no +.*{missing} does not exist$", checked.stdout, re.MULTILINE)
+    assert not missing.exists()
+
+
+def test_a_policy_is_not_silently_ignored(host: Host) -> None:
+    text = one_sentence(host.ebfw(EBFW_POLICY="/nonexistent"), 2)
+    assert text == "EBFW_POLICY=/nonexistent: there is no such file"
+    policy = host.directory / "policy.yaml"
+    policy.write_text("")
+    agent = host.start(EBFW_POLICY=str(policy)).ready()
+    assert f"EBFW_POLICY={policy}: this version enforces no policy" in agent.log
+
+
+# --- who may read /metrics ------------------------------------------------------------------------------------
+
+
+def test_d9_a_plain_start_listens_on_this_host_alone(host: Host, world: World) -> None:
+    inside = ("nsenter", f"--net={world.lab.pods.path}", "--")  # where port 9090 is nobody else's
+    agent = host.start(command=(*inside, "env", "-u", "EBFW_METRICS_ADDR"))
+    eventually(lambda: "attached to" in agent.log, 60)
+    assert "metrics at http://127.0.0.1:9090/metrics" in agent.log
+    listening = subprocess.run((*inside, "ss", "-Hltn"), capture_output=True, text=True, check=True).stdout
+    assert [line.split()[3] for line in listening.splitlines()] == ["127.0.0.1:9090"]
+    assert agent.stop() == 0
+
+
+def test_d9_tls_and_passwords_for_metrics(host: Host) -> None:
+    cert, key, users = (host.directory / name for name in ("cert.pem", "key.pem", "users"))
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
+    command += f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {cert}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    users.write_text("prom:secret\n")
+    users.chmod(0o600)
+    agent = host.start(EBFW_METRICS_TLS_CERT=str(cert), EBFW_METRICS_TLS_KEY=str(key), EBFW_METRICS_USERS=str(users))
+    eventually(lambda: "attached to" in agent.log, 60)
+    found = re.search(r"metrics at https://(127\.0\.0\.1:\d+)/metrics", agent.log)
+    assert found, agent.log
+    context = ssl.create_default_context(cafile=str(cert))
+    address = found[1]
+
+    def get(path: str, authorization: str = "") -> int:
+        connection = http.client.HTTPSConnection(address, timeout=10, context=context)
+        connection.request("GET", path, headers={"Authorization": authorization} if authorization else {})
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        return answer.status
+
+    right, wrong = (f"Basic {base64.b64encode(text).decode()}" for text in (b"prom:secret", b"prom:Secret"))
+    assert (get("/metrics"), get("/metrics", wrong), get("/metrics", right)) == (401, 401, 200)
+    assert (get("/healthz"), get("/readyz")) == (200, 200)
+    plain = http.client.HTTPConnection(address, timeout=10)
+    plain.request("GET", "/metrics", headers={"Authorization": right})
+    with pytest.raises((http.client.HTTPException, OSError)):
+        plain.getresponse()
+    assert agent.stop() == 0
+    assert "secret" not in agent.log
+
+
+@pytest.mark.parametrize("name", ["EBFW_METRICS_TLS_CERT", "EBFW_METRICS_USERS"])
+def test_d9_a_file_that_is_missing_is_said(host: Host, name: str) -> None:
+    text = one_sentence(host.ebfw(**{name: str(host.directory / "none")}), 2)
+    assert str(host.directory / "none") in text
+    assert host.left_behind() == []
 
 
 # --- beside a running agent -----------------------------------------------------------------------------------

@@ -528,7 +528,7 @@ class EngineHandler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append(self.path)
         labels = {"io.kubernetes.pod.name": "web-0", "io.kubernetes.pod.namespace": "shop"}
         documents = {
-            f"/containers/{C}/json": {"Name": "/till", "Config": {"Labels": labels}},
+            f"/containers/{C}/json": {"Name": "/till", "Config": {"Labels": labels, "Image": "shop/till:3"}},
             f"/containers/{D}/json": {"Name": "/late\x1b[31m", "Config": None},
         }
         document = documents.get(self.path)
@@ -570,7 +570,7 @@ def test_the_engine_is_asked_once_and_off_the_callers_thread(
         assert names.ask(D) is None
         assert names.ask("../version") is None
         got = wait_for_answers(names, 2)
-        assert got[C] == ("till", "", "web-0", "shop")
+        assert got[C] == ("till", "", "web-0", "shop", "shop/till:3")
         assert got[D] is None, "a name that cannot be printed is none"
         assert names.ask(C) == got[C]
         assert server.asked.count(f"/containers/{C}/json") == 1

@@ -216,7 +216,7 @@ def test_answers_of_each_type() -> None:
         "192.0.2.1",
         "2001:db8::1",
         "192.0.2.2",
-        "1 svc.example",
+        "1 svc.example alpn=h2",
         "0 .",
         "10 mx1.www.example.com",
         "0 5 443 t.example",
@@ -347,3 +347,80 @@ def test_fields_at_once_and_line_by_line_are_the_same(lines: list[tuple[str, str
     data = b"GET / HTTP/1.1\r\n" + text.encode("latin-1")
     assert parse._fields(data, 16) == parse._fields_line_by_line(data, 16)
     assert len(parse._names) <= parse._NAMES
+
+
+# --- services, extended codes -------------------------------------------------------------------------------
+
+
+def parameter(key: int, value: bytes) -> bytes:
+    return struct.pack("!HH", key, len(value)) + value
+
+
+HINTS = bytes((192, 0, 2, 1, 192, 0, 2, 2))
+HINT6 = bytes.fromhex("20010db8000000000000000000000001")
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "addresses"),
+    [
+        (b"\0\0" + name("alias.example"), "0 alias.example", ()),
+        (b"\0\1\0", "1 .", ()),
+        (b"\0\1\0" + parameter(1, b"\2h3\2h2"), "1 . alpn=h3,h2", ()),
+        (
+            b"\0\2" + name("svc.example") + parameter(0, b"\0\1") + parameter(1, b"\2h2") + parameter(2, b"")
+            + parameter(3, b"\x20\xfb") + parameter(4, HINTS) + parameter(5, b"config") + parameter(6, HINT6)
+            + parameter(65280, b"?"),
+            "2 svc.example alpn=h2 port=8443 ipv4hint=192.0.2.1,192.0.2.2 ech ipv6hint=2001:db8::1",
+            (("192.0.2.1", 60), ("192.0.2.2", 60), ("2001:db8::1", 60)),
+        ),
+        (b"\0\1\0" + parameter(1, b"\3a\x1bb"), "1 . alpn=a\\027b", ()),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("number", "kind"), [(64, "SVCB"), (65, "HTTPS")])
+def test_services(data: bytes, text: str, addresses: tuple[tuple[str, int], ...], number: int, kind: str) -> None:
+    read = parse_dns(message((SAME, number, 60, data)))
+    assert read is not None
+    assert (read.answers, read.addresses, read.truncated) == ((text,), addresses, False)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\0\1\0" + parameter(4, HINTS[:-1]),
+        b"\0\1\0" + parameter(1, b"\5h3"),
+        b"\0\1\0" + parameter(3, b"\0\1")[:-1],
+        b"\0\1\0\0",
+        b"\0",
+    ],
+)
+def test_a_malformed_service_ends_the_answers(data: bytes) -> None:
+    read = parse_dns(message((SAME, 1, 60, b"\1\2\3\4"), (SAME, 65, 60, data)))
+    assert read is not None
+    assert (read.answers, read.truncated) == (("1.2.3.4",), True)
+
+
+def opt(upper: int, options: bytes = b"") -> bytes:
+    return struct.pack("!BHHBBHH", 0, 41, 1232, upper, 0, 0, len(options)) + options
+
+
+@pytest.mark.parametrize(
+    ("flags", "additional", "text"),
+    [
+        (0x8180, opt(1), "BADVERS"),
+        (0x8187, opt(1), "BADCOOKIE"),
+        (0x8187, opt(1, b"\0\x0a\0\x08cookie__"), "BADCOOKIE"),
+        (0x8183, opt(0), "NXDOMAIN"),
+        (0x8180, opt(0, b"\0\x0a\0\x08cookie__"), "NOERROR"),
+        (0x818F, opt(255), "RCODE4095"),
+        (0x8183, b"\0\0", "NXDOMAIN"),
+        (0x8183, b"", "NXDOMAIN"),
+    ],
+)
+def test_extended_codes(flags: int, additional: bytes, text: str) -> None:
+    soa = SAME + struct.pack("!HHIH", 6, 1, 60, 22) + name("") + name("") + bytes(20)
+    for authority in (b"", soa):
+        data = bytearray(message(flags=flags) + authority + additional)
+        data[8:12] = struct.pack("!HH", 1 if authority else 0, 1)
+        read = parse_dns(bytes(data))
+        assert read is not None
+        assert read.rcode == text

@@ -64,6 +64,8 @@ def test_every_variable_sets_a_field_and_every_field_is_documented() -> None:
         ("EBFW_METRICS_ADDR", ":9090", "metrics_addr", ("", 9090)),
         ("EBFW_METRICS_ADDR", "[::1]:0", "metrics_addr", ("::1", 0)),
         ("EBFW_METRICS_ADDR", "localhost:80", "metrics_addr", ("localhost", 80)),
+        ("EBFW_METRICS_TLS_CERT", "/etc/c.pem", "metrics_cert", Path("/etc/c.pem")),
+        ("EBFW_METRICS_USERS", "/etc/users", "metrics_users", Path("/etc/users")),
         ("EBFW_NODE_NAME", "node-1", "node_name", "node-1"),
         ("EBFW_ENFORCE_MODE", "off", "enforce_mode", "off"),
         ("EBFW_POLICY_SOURCE", "crd", "policy_source", "crd"),
@@ -72,6 +74,8 @@ def test_every_variable_sets_a_field_and_every_field_is_documented() -> None:
         ("EBFW_BPF_PIN_PATH", "/sys/fs/bpf/x", "pin_path", Path("/sys/fs/bpf/x")),
         ("EBFW_SPANS_PER_SECOND", "0", "spans_per_second", 0),
         ("EBFW_LOGS", "all", "logs", "all"),
+        ("EBFW_INVENTORY", "/var/lib/ebfw/i.json", "inventory", Path("/var/lib/ebfw/i.json")),
+        ("EBFW_PEER_GROUPS", "/etc/g.yaml", "peer_groups", Path("/etc/g.yaml")),
         ("EBFW_FLOWS", "1024", "flows", 1024),
         ("EBFW_RING_BYTES", "8MiB", "ring_bytes", 8 << 20),
         ("EBFW_RING_BYTES", "65536", "ring_bytes", 65536),
@@ -87,6 +91,13 @@ def test_every_variable_sets_a_field_and_every_field_is_documented() -> None:
 )
 def test_variable(name: str, text: str, field: str, value: object) -> None:
     assert getattr(load(None, {name: text}), field) == value
+
+
+def test_d9_a_key_goes_with_a_certificate() -> None:
+    with pytest.raises(SettingsError, match="EBFW_METRICS_TLS_KEY is set without EBFW_METRICS_TLS_CERT"):
+        load(None, {"EBFW_METRICS_TLS_KEY": "/etc/k.pem"})
+    both = load(None, {"EBFW_METRICS_TLS_KEY": "/etc/k.pem", "EBFW_METRICS_TLS_CERT": "/etc/c.pem"})
+    assert both.metrics_key == Path("/etc/k.pem")
 
 
 def test_set_but_empty_is_not_set() -> None:
@@ -244,9 +255,18 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="not YAML"):
         load(str(binary), {})
     bomb = tmp_path / "bomb"
-    bomb.write_text("[" * 20000)
-    with pytest.raises(SettingsError, match="not YAML"):
-        load(str(bomb), {})
+    for depth in (20_000, 1_000_000):
+        bomb.write_text("[" * depth)
+        with pytest.raises(SettingsError, match="not YAML"):
+            load(str(bomb), {})
+
+
+def test_d20_the_inventorys_default_is_the_services_state_directory() -> None:
+    assert load(None, {}).inventory is None
+    service = {"STATE_DIRECTORY": "/var/lib/ebfw:/var/lib/other"}
+    assert load(None, service).inventory == Path("/var/lib/ebfw/inventory.json")
+    assert load(None, service | {"EBFW_INVENTORY": "/x"}).inventory == Path("/x")
+    assert load(None, service | {"EBFW_INVENTORY": ""}).inventory is None
 
 
 def test_colour_follows_the_conventions() -> None:

@@ -1,0 +1,196 @@
+"""Hygiene: what is worth a look although it works. Events and deltas of counters in, totals by workload out.
+
+Comes in: events before redaction, since credentials are seen here (never kept: all that leaves is that there were
+some), and deltas of the kernel's counters. Goes out: metrics under `ebfw.hygiene.`, and one mark on an event. Not its
+job: names and units (semconv.py), series (metrics.py).
+
+    cleartext_credentials  a plaintext request carried Authorization, Cookie or user info
+    obsolete_tls           a handshake agreed on less than TLS 1.2 (RFC 8996)
+    no_post_quantum        a key exchange that does not hold against a quantum computer
+    dns_search             a lookup that only the resolver's search list asked for
+    requests, connections  how often a connection is used again
+    time                   in dns, connect and tls, beside the requests themselves
+    ports                  of the ephemeral range, how many are held towards one destination
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from exporter.emit import semconv as c
+from exporter.emit.metrics import Metrics
+from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, OK, SERVER, TLS, Counts, Event, Flow, Workload
+
+log = logging.getLogger(__name__)
+
+PORTS_SHOWN = 100
+PORTS_TOLD = 0.8  # of the range, in use towards one destination: a warning in the agent's log
+_OPEN = 65_536
+_CONNECTIONS = 8_192
+
+_CREDENTIALS = frozenset(("authorization", "proxy-authorization", "cookie"))
+_OBSOLETE = frozenset(("1.1", "1.0", "ssl 3.0", "ssl 2.0", "3.0", "2.0"))
+_POST_QUANTUM = ("MLKEM", "KYBER")
+_AT = Event._fields.index("credentials")
+_new = tuple.__new__
+
+# What is counted, by number: a tuple of names would be hashed for each event.
+_COUNTERS = (
+    *((metric, (finding,)) for finding in ("cleartext_credentials", "obsolete_tls", "no_post_quantum", "dns_search")
+      for metric in (c.CHECKED, c.FINDINGS)),
+    *((c.HYGIENE_TIME, (phase,)) for phase in ("dns", "connect", "tls", "request")),
+    (c.HYGIENE_CONNECTIONS, ()),
+    (c.HYGIENE_REQUESTS, ()),
+)  # fmt: skip
+_CLEARTEXT, _OBSOLETE_TLS, _NO_POST_QUANTUM, _SEARCH = range(0, 8, 2)  # the finding itself is one further
+_DNS_TIME, _CONNECT_TIME, _TLS_TIME, _REQUEST_TIME, _CONNECTIONS_CLOSED, _REQUESTS = range(8, 14)
+
+
+class Hygiene:
+    """For one thread, the pipeline's. `port_range`: the file with the ephemeral ports' bounds."""
+
+    def __init__(self, metrics: Metrics, port_range: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> None:
+        self._metrics = metrics
+        self._available = _ports(port_range)
+        if self._available:
+            metrics.gauge(c.PORTS_AVAILABLE.name, self._available)
+        # Since the last publish(): by workload, and by number in _COUNTERS. Times are nanoseconds.
+        self._counts: dict[int, tuple[Workload, list[int]]] = {}
+        self._carried: OrderedDict[int, int] = OrderedDict()  # requests so far, by the socket's cookie
+        self._closed: list[tuple[int, Workload]] = []
+        self._open: dict[tuple[int, str, int], list[Any]] = {}  # (cgroup, peer, port) -> workload, connections
+        self._told: set[tuple[int, str, int]] = set()
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def observe(self, events: Iterable[Event]) -> list[Event]:
+        """Count; the same events, those with credentials in the clear marked."""
+        return [self._one(event) for event in events]
+
+    def _one(self, event: Event) -> Event:
+        if event.role == SERVER:
+            return event
+        kind = event.kind
+        if kind == CONNECT:
+            if event.status == OK and event.duration is not None:
+                self._of(event.workload)[_CONNECT_TIME] += event.duration
+        elif kind == DNS:
+            counts = self._of(event.workload)
+            counts[_SEARCH] += 1
+            counts[_SEARCH + 1] += event.search_expansion
+            counts[_DNS_TIME] += event.duration or 0
+        elif kind == CLOSE:
+            self._closed.append((event.cookie, event.workload))
+        elif kind == TLS:
+            self._handshake(event)
+        elif kind in (HTTP, HTTPS):
+            return self._request(event)
+        return event
+
+    def _of(self, workload: Workload) -> list[int]:
+        known = self._counts.get(workload.cgroup_id)
+        if known is None:
+            known = self._counts[workload.cgroup_id] = (workload, [0] * len(_COUNTERS))
+        return known[1]
+
+    def _handshake(self, event: Event) -> None:
+        counts, tls = self._of(event.workload), event.tls
+        counts[_TLS_TIME] += event.duration or 0
+        if tls is None:
+            return
+        version = tls.version.lower()
+        if version:
+            counts[_OBSOLETE_TLS] += 1
+            counts[_OBSOLETE_TLS + 1] += version in _OBSOLETE
+        # TLS 1.2 and older have no such key exchange; of 1.3 the server's answer says which was taken.
+        if tls.group or version not in ("", "1.3"):
+            counts[_NO_POST_QUANTUM] += 1
+            counts[_NO_POST_QUANTUM + 1] += not any(word in tls.group.upper() for word in _POST_QUANTUM)
+
+    def _request(self, event: Event) -> Event:
+        counts, cookie, exchange = self._of(event.workload), event.cookie, event.exchange
+        if cookie and event.port:  # else it is known by its TLS library alone, and its end is not
+            carried = self._carried.get(cookie, 0) + 1
+            self._carried[cookie] = max(carried, exchange.sequence) if exchange is not None else carried
+            if len(self._carried) > _CONNECTIONS:
+                self._carried.popitem(last=False)
+        counts[_REQUEST_TIME] += event.duration or 0
+        if event.kind == HTTPS:
+            return event
+        counts[_CLEARTEXT] += 1
+        if not _credentials(event):
+            return event
+        counts[_CLEARTEXT + 1] += 1
+        return _new(Event, (*event[:_AT], True, *event[_AT + 1 :]))
+
+    def settle(self) -> None:
+        """Count what closed: call it when all events of a reading of the ring are in. A request is told once it is
+        over, which may be after its connection's end."""
+        closed, self._closed = self._closed, []
+        for cookie, workload in closed:
+            if carried := self._carried.pop(cookie, 0):
+                counts = self._of(workload)
+                counts[_CONNECTIONS_CLOSED] += 1
+                counts[_REQUESTS] += carried
+
+    # --- counters -------------------------------------------------------------------------------------------------
+
+    def add(self, flow: Flow, delta: Counts) -> None:
+        """Follow how many connections are open towards a destination."""
+        moved = delta.opened - delta.closed
+        if not moved or flow.role == SERVER or not flow.peer:
+            return
+        key = (flow.workload.cgroup_id, flow.peer, flow.port)
+        # A connection opens in the row of an address and closes in that of a name: both are of one destination.
+        found = self._open.get(key)
+        if found is None:
+            if len(self._open) < _OPEN:
+                self._open[key] = [flow.workload, moved]
+        else:
+            found[1] += moved
+            if not found[1]:
+                del self._open[key]
+
+    def publish(self) -> None:
+        """Bring the metrics up to date."""
+        taken, self._counts = self._counts, {}
+        for workload, counts in taken.values():
+            for (metric, values), count in zip(_COUNTERS, counts, strict=True):
+                if count:
+                    amount = count / 1e9 if metric is c.HYGIENE_TIME else count
+                    self._metrics.count_for(workload, metric, values, amount)
+        busy = [(key, *found) for key, found in self._open.items() if found[1] >= PORTS_SHOWN]
+        self._metrics.gauge_for(
+            c.PORTS_USED, ((workload, (peer, str(port)), used) for (_, peer, port), workload, used in busy)
+        )
+        full = {one for one in busy if self._available and one[2] >= PORTS_TOLD * self._available}
+        for key, workload, used in full:
+            if key not in self._told:
+                log.warning(
+                    "%s has %d of %d ephemeral ports in use towards %s:%d; beyond the last one connect() fails",
+                    workload.name, used, self._available, key[1], key[2],
+                )  # fmt: skip
+        self._told = {key for key, _, _ in full}
+
+
+def _credentials(event: Event) -> bool:
+    """Authorization, Cookie or user info. The latter stands before the first slash of a target or behind `//`."""
+    for name, _ in event.headers:
+        if name.lower() in _CREDENTIALS:
+            return True
+    if "@" in event.domain:
+        return True
+    authority = event.path.partition("://")[2] or ("" if event.path.startswith("/") else event.path)
+    return "@" in authority.partition("/")[0].partition("?")[0]
+
+
+def _ports(path: Path) -> int:
+    try:
+        low, high = map(int, path.read_text().split())
+    except (OSError, ValueError):
+        return 0
+    return max(high - low + 1, 0)

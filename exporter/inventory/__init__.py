@@ -1,0 +1,5 @@
+"""What each workload talks to, kept over restarts: the egress inventory."""
+
+from exporter.inventory.watch import Inventory
+
+__all__ = ["Inventory"]
