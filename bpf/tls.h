@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /*
  * What an application hands to its TLS library before it is encrypted, and what it gets back: uprobes on OpenSSL's
- * SSL_write, SSL_read, their _ex forms and SSL_free. Of what is written only the head of an HTTP request is taken,
- * of what is read the first bytes of its response; of the rest, how much there was and when. Of HTTP/2 the digest is
- * taken, both ways (lib/frames.h). A server writes nothing
+ * SSL_write, SSL_read, their _ex forms and SSL_free, and on their likes in GnuTLS and Go. Of what is written only the
+ * head of an HTTP request is taken, of what is read the first bytes of its response; of the rest, how much there was
+ * and when. Of HTTP/2 the digest is taken, both ways (lib/frames.h). A server writes nothing
  * that looks like a request, and so is never reported. Scoped to the configured cgroup subtree here, in the kernel: a
  * probe is on the library's file, which every process on the host may share.
  */

@@ -365,6 +365,7 @@ struct http2 {
 #define DIGEST_MOST 1024
 #define DIGEST_CHUNK 256
 struct walk {
+	__u8 dots[NAME_SIZE]; /* an inspection's, which must find them as it left them: never written here */
 	__u64 memory;   /* the piece in user memory: its address */
 	__u32 base;     /* in a packet: the offset */
 	__u32 length;   /* of the piece */

@@ -149,7 +149,7 @@ class Settings:
 
     metrics_attributes: frozenset[str] = frozenset()
     """Attributes that metrics have only when asked for: dns question type, peer port, url scheme and template, JA4;
-    each multiplies the series of its metrics. docs/telemetry.md names them."""
+    each multiplies the series of its metrics. docs/metrics.md says which."""
 
     metrics_opt_in: frozenset[str] = frozenset()
     """Metrics that there are only when asked for: body sizes, time to the first byte."""

@@ -28,6 +28,7 @@ from exporter.emit.redact import Options, target
 from exporter.emit.resource import Resources
 from exporter.emit.routes import Routes
 from exporter.emit.series import IX, ZEROS, Attributes, Gone, Layout, Number, Point, Row, Snapshot, Value
+from exporter.emit.spans import server_port
 from exporter.emit.store import (
     ALWAYS_OFF,
     ALWAYS_ON,
@@ -54,6 +55,8 @@ _CALL = re.compile(r"/[A-Za-z0-9_.]{1,128}/[A-Za-z0-9_]{1,128}")
 
 # What getaddrinfo tells apart: error.type of most lookups, and of all that found no room.
 _LOOKUP_ERRORS = frozenset(("", "host_not_found", "try_again", "no_recovery", "timeout"))
+
+_UNIMPLEMENTED = c.GRPC_CODES.index("UNIMPLEMENTED")  # the server knows no such method: any word may stand there
 
 Trace = tuple[bytes, bytes]  # trace id, span id
 _Series = TypeVar("_Series", Number, Histogram)
@@ -187,6 +190,7 @@ class Metrics:
                 # Each branch ends with a value and its histogram. The keys hold what the series depends on, and no
                 # more; _find() says how.
                 key: tuple[Any, ...]
+                made: tuple[Any, ...]
                 value = event.duration
                 if kind == DNS:
                     if value is None:
@@ -219,7 +223,9 @@ class Metrics:
                     if self.instrumented is not None and self.instrumented(workload):
                         continue  # it tells its own (D12)
                     key = (
-                        event.domain or event.dst, event.port, event.method, exchange.status, exchange.error,
+                        event.domain or event.dst,
+                        (exchange.server_port, exchange.scheme, event.port) if event.proxy else event.port,
+                        event.method, exchange.status, exchange.error,
                         exchange.version, filtered, event.scope,
                     )  # fmt: skip
                     if self._scheme:
@@ -232,16 +238,18 @@ class Metrics:
                     tls = event.tls
                     if tls is None:
                         continue
-                    error = handshake_error(event)
-                    made = (event.transport, tls.quic, tls.version, tls.group, tls.post_quantum, error, tls.ja4)
-                    number = known.fast.get(made if self._ja4 else made[:-1])
+                    status, alert = event.status, tls.alert
+                    made = (event.transport, tls.quic, tls.version, tls.group, tls.post_quantum, alert, status)
+                    if self._ja4:
+                        made += (tls.ja4,)
+                    number = known.fast.get(made)
                     if number is None:
-                        number = self._handshakes(known, made)
+                        number = self._handshakes(known, event, made)
                     number.cells[0] += 1
                     number.last = known.state.last = now
                     if value is None:
                         continue
-                    key = (event.domain or event.dst, tls.version, error, event.scope, filtered)
+                    key = (event.domain or event.dst, tls.version, alert, status, event.scope, filtered, TLS)
                 else:
                     continue
                 histogram = known.fast.get(key)
@@ -410,7 +418,7 @@ class Metrics:
             return [(_TLS, (name, tls.version, handshake_error(event), event.scope if event.filtered else ""))]
         if exchange is None:
             return [(_RTT, (event.scope,))]
-        port: Value = "" if event.filtered else event.port
+        port: Value = "" if event.filtered else server_port(event)
         scope = event.scope if event.filtered else ""
         error = exchange.error or (str(exchange.status) if exchange.status >= 400 else "")
         method = event.method if event.method in c.HTTP_METHODS else "_OTHER"
@@ -424,7 +432,9 @@ class Metrics:
         code = exchange.grpc_status
         word = c.GRPC_CODES[code] if 0 <= code < len(c.GRPC_CODES) else str(code)
         called = (
-            event.path[1:] if _CALL.fullmatch(event.path) and target(event.path, Options()) == event.path else "_OTHER"
+            event.path[1:]
+            if code != _UNIMPLEMENTED and _CALL.fullmatch(event.path) and target(event.path, Options()) == event.path
+            else "_OTHER"
         )
         return [(_HTTP, values), (_RPC, ("grpc", called, word, name, port, word if code else "", scope))]
 
@@ -451,12 +461,15 @@ class Metrics:
                     histogram = self._remember(known, (index, *key), self._store.series(state, index, values))
                 self._record(histogram, event, value)
 
-    def _handshakes(self, known: Known, made: tuple[Any, ...]) -> Number:
-        transport, quic, version, group, post_quantum, alert, ja4 = made
-        values: tuple[Value, ...] = ("quic" if quic else transport, version, group, post_quantum, alert)
-        number: Number = self._store.series(known.state, _HANDSHAKES, (*values, ja4) if self._ja4 else values)
+    def _handshakes(self, known: Known, event: Event, key: tuple[Any, ...]) -> Number:
+        tls = event.tls
+        assert tls is not None
+        values: tuple[Value, ...] = (
+            "quic" if tls.quic else event.transport, tls.version, tls.group, tls.post_quantum, handshake_error(event),
+        )  # fmt: skip
+        number: Number = self._store.series(known.state, _HANDSHAKES, (*values, tls.ja4) if self._ja4 else values)
         # Each of those in the overflow is to be counted as such.
-        return self._remember(known, made if self._ja4 else made[:-1], number) if number.key else number
+        return self._remember(known, key, number) if number.key else number
 
     def _record(self, histogram: Histogram, event: Event, value: float) -> None:
         """What the end of observe_all() does, in the metric's unit."""

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import NamedTuple
 
 from exporter.health import features, losses
@@ -53,20 +54,20 @@ COVERAGE: dict[str, str] = {
     UNKNOWN: "the process was gone before it was looked at: requests may have been missed",
 }
 
-_WRITE = (("ssl_write_return", True), ("ssl_write", False))
 _READ = (("ssl_read", False), ("ssl_read_return", True))
+_WRITE = (("ssl_write_return", True), ("ssl_write", False))
 # Function -> what runs there: program, and whether where the function returns. In the order in which they are probed:
-# the first request may come within milliseconds.
+# what sends is last. A request that is seen while the answer is not would be given the answer of the next one.
 FUNCTIONS: dict[bytes, tuple[tuple[str, bool], ...]] = {
-    b"SSL_write": _WRITE,
-    b"SSL_write_ex": (("ssl_write_return", True), ("ssl_write_ex", False)),
+    b"SSL_free": (("ssl_free", False),),
     b"SSL_read": _READ,
     b"SSL_read_ex": (("ssl_read_ex", False), ("ssl_read_return", True)),
-    b"SSL_free": (("ssl_free", False),),
+    b"SSL_write": _WRITE,
+    b"SSL_write_ex": (("ssl_write_return", True), ("ssl_write_ex", False)),
     # The same arguments and results as OpenSSL's
-    b"gnutls_record_send": _WRITE,
-    b"gnutls_record_recv": _READ,
     b"gnutls_deinit": (("ssl_free", False),),
+    b"gnutls_record_recv": _READ,
+    b"gnutls_record_send": _WRITE,
 }
 _MARK = b"SSL_CTX_set_grease_enabled"  # BoringSSL has it, OpenSSL has not
 _SENDS = {b"SSL_write", b"gnutls_record_send"}  # without one of them a file has nothing for us
@@ -91,7 +92,7 @@ class Point(NamedTuple):
 class Found(NamedTuple):
     coverage: str
     points: tuple[Point, ...]
-    later: tuple[golang.Function, ...] = ()  # Go's Read: where it returns is not known yet
+    go: Mapping[bytes, golang.Function] = MappingProxyType({})  # of a Go binary, whose points are not known yet
 
 
 class _Probed:
@@ -110,6 +111,7 @@ class TlsLibraries:
         self._probed: dict[File, _Probed] = {}
         self._known: OrderedDict[File, Found] = OrderedDict()
         self._refused: OrderedDict[File, None] = OrderedDict()
+        self._coming: set[File] = set()  # Go binaries that the helper thread is at
         self._multi = True  # uprobe_multi links, until the kernel says that it has none
         self._slow = ThreadPoolExecutor(1, "tls-probes")
         _allow_descriptors()
@@ -136,10 +138,12 @@ class TlsLibraries:
                     self._probed[file].keep |= keep
                     return file, self._probed[file].coverage
                 found = self._found(file, fd, name)
-                if not found.points:
-                    return None, found.coverage
+                if found.coverage == NONE:
+                    return None, NONE
                 if file in self._refused:
                     return file, UNPROBED
+                if file in self._coming:
+                    return file, found.coverage
                 return file, self._attach(file, fd, found, keep, name)
         except (OSError, Malformed):
             if "ssl" in name or "gnutls" in name:
@@ -155,9 +159,36 @@ class TlsLibraries:
         return found
 
     def _attach(self, file: File, fd: int, found: Found, keep: bool, name: str) -> str:
-        if len(self._probed) >= FILES and not self._make_room():
+        if len(self._probed) + len(self._coming) >= FILES and not self._make_room():
             losses.add("table", "tls_libraries_full")
             return UNPROBED
+        if found.go:
+            self._coming.add(file)
+            self._slow.submit(self._attach_go, file, os.dup(fd), found, keep, name)
+            return found.coverage
+        return self._attach_points(file, fd, found, keep, name)
+
+    def _attach_go(self, file: File, fd: int, found: Found, keep: bool, name: str) -> None:
+        """In the helper thread: a child process finds out where Go's Read returns."""
+        try:
+            elf = Elf(fd)
+            read = found.go[_GO_READ]
+            ends = returns.find([elf.read(read.offset, read.size)])[0]
+            if not ends:
+                raise Malformed("no return instruction")
+            points = [Point("go_close", found.go[_GO_CLOSE].offset)] if _GO_CLOSE in found.go else []
+            points += [Point("go_read", read.offset), *(Point("go_read_return", read.offset + at) for at in ends)]
+            points += [Point("go_write", found.go[_GO_WRITE].offset)]
+            found = self._known[file] = Found(GO, tuple(points))
+            self._attach_points(file, fd, found, keep, name)
+        except (OSError, Malformed):
+            losses.add("attribution", "go_returns_unknown")
+            self._refuse(file)
+        finally:
+            os.close(fd)
+            self._coming.discard(file)
+
+    def _attach_points(self, file: File, fd: int, found: Found, keep: bool, name: str) -> str:
         fds: list[int] = []
         try:
             self._put(fds, fd, found.points)
@@ -166,17 +197,17 @@ class TlsLibraries:
             if not features.active("tls_uprobes"):
                 features.set("tls_uprobes", False, f"HTTP requests inside TLS ({bpf.why(error, 'putting a uprobe')})")
             losses.add("attribution", "tls_library_refused")
-            self._refused[file] = None
-            if len(self._refused) > _REMEMBERED:
-                self._refused.popitem(last=False)
+            self._refuse(file)
             return UNPROBED
-        self._probed[file] = probed = _Probed(found.coverage, fds, keep)
+        self._probed[file] = _Probed(found.coverage, fds, keep)
         features.set("tls_uprobes", True, "")
-        if found.later:
-            self._slow.submit(self._attach_returns, file, probed, os.dup(fd), found, name)
-        else:
-            log.debug("probes are on %s (%s)", name, found.coverage)
+        log.debug("probes are on %s (%s)", name, found.coverage)
         return found.coverage
+
+    def _refuse(self, file: File) -> None:
+        self._refused[file] = None
+        if len(self._refused) > _REMEMBERED:
+            self._refused.popitem(last=False)
 
     def _put(self, fds: list[int], fd: int, points: tuple[Point, ...]) -> None:
         """One link for each program, or one perf event for each point. The descriptor's own path: the file's may be
@@ -197,34 +228,6 @@ class TlsLibraries:
                     self._multi = False  # the kernel's fault: the place is good enough for a perf event
             fds.extend(bpf.uprobe(self._programs[program], path, offset, at_return) for offset in offsets)
 
-    def _attach_returns(self, file: File, probed: _Probed, fd: int, found: Found, name: str) -> None:
-        """In the helper thread: a child process finds out where Go's Read returns."""
-        fds: list[int] = []
-        try:
-            elf = Elf(fd)
-            (function,) = found.later
-            points = [
-                Point("go_read_return", function.offset + at)
-                for at in returns.find([elf.read(function.offset, function.size)])[0]
-            ]
-            if points:
-                # A read that is seen to begin and not to end would be paired with the next one's end.
-                points.append(Point("go_read", function.offset))
-                self._put(fds, fd, tuple(points))
-            else:
-                losses.add("attribution", "go_returns_unknown")
-        except (OSError, Malformed):
-            losses.add("attribution", "go_returns_unknown")
-            _close(fds)
-            fds = []
-        finally:
-            os.close(fd)
-        if self._probed.get(file) is probed:
-            probed.fds += fds
-            log.debug("probes are on %s (%s)", name, found.coverage)
-        else:
-            _close(fds)
-
     # --- and their end --------------------------------------------------------------------------------------------
 
     def used(self, files: set[File]) -> None:
@@ -240,7 +243,9 @@ class TlsLibraries:
         """Drop the file that has been without a process for longest; False where each has one."""
         now = time.monotonic()
         unused = [
-            (probed.used, file) for file, probed in self._probed.items() if not probed.keep and probed.used < now - 6
+            (probed.used, file)
+            for file, probed in list(self._probed.items())
+            if not probed.keep and probed.used < now - 6
         ]
         if unused:
             self._drop(min(unused)[1])
@@ -254,10 +259,6 @@ class TlsLibraries:
         """Probe the host's own libraries, for good: for an agent that watches the whole host."""
         for path in _system_libraries():
             self.examine(path, path, keep=True)
-
-    def settle(self) -> None:
-        """Wait until what was begun is attached and detached."""
-        self._slow.submit(int).result()
 
     def close(self) -> None:
         """All at once: grace periods that run side by side take as long as one."""
@@ -298,12 +299,9 @@ def examine(fd: int, name: str, programs: Mapping[str, int]) -> Found:
 
 
 def _go(found: dict[bytes, golang.Function], programs: Mapping[str, int]) -> Found:
-    if _GO_WRITE not in found or "go_write" not in programs:
+    if not {_GO_WRITE, _GO_READ} <= found.keys() or "go_write" not in programs:
         return Found(NONE, ())
-    points = [Point("go_write", found[_GO_WRITE].offset)]
-    if _GO_CLOSE in found:
-        points.append(Point("go_close", found[_GO_CLOSE].offset))
-    return Found(GO, tuple(points), (found[_GO_READ],) if _GO_READ in found else ())
+    return Found(GO, (), found)
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def test_d15_a_scrape_and_a_push_are_the_same_series(faces: Faces) -> None:
         "ebfw_network_io_bytes_total", "ebfw_network_packets_total", "ebfw_tcp_connections_total",
         "ebfw_tcp_connection_failures_total", "ebfw_tcp_connect_duration_seconds_bucket",
         "ebfw_tcp_connect_duration_seconds_sum", "ebfw_tcp_rtt_seconds_count", "dns_lookup_duration_seconds_bucket",
-        "ebfw_workload_info",
+        "ebfw_workload_info", "http_client_request_duration_seconds_bucket", "ebfw_tcp_open_connections",
     }  # fmt: skip
     assert expected <= names
 

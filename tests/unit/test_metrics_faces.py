@@ -44,7 +44,7 @@ class Push:
         self.delta, self.lowmemory = preference != "cumulative", preference == "lowmemory"
         metrics.configure(exponential=exponential, exemplars="trace_based", delta=self.delta, lowmemory=self.lowmemory)
         metrics.take_gone()
-        self.encoder = Encoder(lambda workload: None, "1")  # type: ignore[arg-type, return-value]
+        self.encoder = Encoder("1")
         self.last = 0
 
     def take(self, arrives: bool = True) -> dict[str, list[Any]]:

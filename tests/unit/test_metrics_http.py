@@ -174,6 +174,23 @@ def test_d8_a_path_that_names_no_method_is_other(path: str) -> None:
     assert dict(attributes)["error.type"] == "99"
 
 
+def test_a_method_that_the_server_does_not_know_is_other() -> None:
+    metrics, _ = make()
+    for n in range(23):
+        metrics.observe(CALL._replace(path=f"/shop.Cart/x{n}", exchange=Exchange("2", "https", 200, grpc_status=12)))
+    ((attributes, count),) = shown(metrics, c.RPC_TIME).items()
+    assert (dict(attributes)["rpc.method"], dict(attributes)["error.type"], count) == ("_OTHER", "UNIMPLEMENTED", 23)
+
+
+def test_d6_behind_a_proxy_the_port_is_the_servers() -> None:
+    metrics, _ = make()
+    proxied = GET._replace(port=3128, proxy="192.0.2.3:3128")
+    metrics.observe(proxied)
+    metrics.observe(proxied._replace(exchange=Exchange("1.1", "https", 200, server_port=8443)))
+    metrics.observe(GET)
+    assert {dict(key)["server.port"]: count for key, count in shown(metrics, c.HTTP_TIME).items()} == {443: 2, 8443: 1}
+
+
 def test_handshakes() -> None:
     metrics, _ = make()
     old = Tls("1.2", "1.3", (), "", False, alert="handshake_failure")

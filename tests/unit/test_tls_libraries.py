@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from exporter.health import losses
-from exporter.kernel import bpf, tls_libraries, tls_processes
+from exporter.kernel import bpf, returns, tls_libraries, tls_processes
 from exporter.kernel.probes import UNLINKED
 from exporter.kernel.tls_libraries import (
     BORINGSSL,
     COVERAGE,
     GNUTLS,
+    GO,
     NONE,
     OPENSSL,
     STATIC,
@@ -29,6 +31,7 @@ from exporter.kernel.tls_libraries import (
     TlsLibraries,
 )
 from exporter.kernel.tls_processes import TlsProcesses
+from tests.unit.test_elf import go_binary
 
 PROGRAMS = {probe.name: 1000 + n for n, probe in enumerate(p for group in UNLINKED.values() for p in group)}
 
@@ -113,6 +116,53 @@ def test_classes(
     assert libraries.examine(path, path) == (file, found)
     assert len(kernel.links) == again
     assert sum(libraries.by_coverage().values()) == len(libraries) == (coverage != NONE)
+
+
+def test_go(libraries: TlsLibraries, kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is put on a Go binary until it is known where its Read returns; what sends comes last."""
+    (tmp_path / "go").write_bytes(go_binary())
+    path = str(tmp_path / "go")
+    wait = threading.Event()
+    monkeypatch.setattr(returns, "find", lambda codes: wait.wait(10) and [[3, 9]])
+    file, coverage = libraries.examine(path, path)
+    assert (coverage, len(libraries), kernel.links) == (GO, 0, [])
+    assert libraries.examine(path, path) == (file, GO)
+    wait.set()
+    libraries._slow.submit(int).result()
+    assert kernel.links == [
+        (PROGRAMS["go_read"], (0x1030,), False),
+        (PROGRAMS["go_read_return"], (0x1033, 0x1039), False),
+        (PROGRAMS["go_write"], (0x1010,), False),
+    ]
+    assert libraries.by_coverage()[GO] == 1
+
+
+def test_go_that_returns_nowhere(
+    libraries: TlsLibraries, kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests without answers would be told as failed: rather none."""
+    (tmp_path / "go").write_bytes(go_binary())
+    monkeypatch.setattr(returns, "find", lambda codes: [[] for _ in codes])
+    assert libraries.examine(str(tmp_path / "go"), "/go")[1] == GO
+    libraries._slow.submit(int).result()
+    assert libraries.examine(str(tmp_path / "go"), "/go")[1] == UNPROBED
+    assert (kernel.links, len(libraries)) == ([], 0)
+
+
+def test_the_hosts_own(
+    libraries: TlsLibraries, kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the whole host watched: probed before anybody maps them, once however many names they have, for good."""
+    build(tmp_path, "libssl.so.3", SSL, *SHARED)
+    (tmp_path / "libssl.so").symlink_to("libssl.so.3")
+    build(tmp_path, "libssl_fips_module.so", SSL, *SHARED)
+    monkeypatch.setattr(tls_libraries, "_FOLDERS", (str(tmp_path), str(tmp_path / "nothing")))
+    libraries.system()
+    assert len(libraries) == 1
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1000)
+    libraries.used(set())
+    assert len(libraries) == 1
 
 
 def test_a_kernel_without_multi(libraries: TlsLibraries, kernel: Kernel, tmp_path: Path) -> None:
