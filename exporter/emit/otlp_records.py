@@ -121,7 +121,7 @@ class Records:
         exchange = event.exchange
         assert exchange is not None
         version, scheme, status, error, first_byte, sent, received, grpc, parent, sequence, partial, state, port = (
-            exchange
+            exchange[:13]
         )
         pieces = self._pieces
         if len(pieces) > _KEPT:
