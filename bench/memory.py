@@ -69,8 +69,8 @@ def _records(quick: bool) -> Iterator[Row]:
 
 
 def _series(quick: bool) -> Iterator[Row]:
-    # A flow makes four series of bytes and packets, and 34 of lookup and handshake while there is room for those.
-    for series, workloads, flows, bound in ((2_000, 10, 50, 110), (50_000, 100, 12_500, 130)):
+    # A flow makes four series of bytes and packets, and 51 of lookup and handshakes while there is room for those.
+    for series, workloads, flows, bound in ((2_000, 10, 33, 110), (50_000, 100, 12_500, 130)):
         environment = {"OTEL_METRIC_EXPORT_INTERVAL": f"{_PUSH_SECONDS * 1000}", "OTEL_BSP_MAX_QUEUE_SIZE": "2048"}
         with receiver() as url, Loaded(flows, environment | {"OTEL_EXPORTER_OTLP_ENDPOINT": url}, workloads) as loaded:
             start = loaded.agent.rss()["VmRSS"]
