@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -32,6 +33,7 @@ def rows(quick: bool) -> Iterator[Row]:
     fresh: list[float] = []
     adopted: list[float] = []
     killed: list[float] = []
+    again: list[float] = []
     bare: list[float] = []
     with Cgroup("bench") as cgroup:
         for number in range(rounds):
@@ -39,6 +41,12 @@ def rows(quick: bool) -> Iterator[Row]:
             began = time.perf_counter()
             subprocess.run([sys.executable, "-c", _BARE], cwd=REPOSITORY, check=True, stderr=subprocess.DEVNULL)
             bare.append(time.perf_counter() - began)
+            with tempfile.TemporaryDirectory() as cache, pin_path() as pins:
+                agent = Agent(cgroup, pins, environment={"EBFW_CACHE_PATH": cache})
+                for samples in ([], again):
+                    agent.start()
+                    samples.append(agent.seconds)
+                    agent.stop()
             with pin_path() as pins:
                 agent = Agent(cgroup, pins, environment={"EBFW_PERSIST": "true"})
                 for samples, end in (
@@ -52,6 +60,7 @@ def rows(quick: bool) -> Iterator[Row]:
     reference = summary(bare).median
     for name, samples, note in (
         ("start to attached", fresh, "Python, imports, compile, load, attach"),
+        ("start to attached, compiled before", again, "nothing pinned, the instructions kept in EBFW_CACHE_PATH"),
         ("start to attached, pins kept", adopted, "adopted after a clean exit"),
         ("start to attached, after SIGKILL", killed, "adopted from a killed agent"),
     ):

@@ -87,6 +87,7 @@ class Agent:
             "EBFW_METRICS_ADDR": "127.0.0.1:0",
             "EBFW_OUTPUT": "none",
             "EBFW_TLS_UPROBES": "false",
+            "EBFW_CACHE_PATH": "",
             **(environment or {}),
         }
         self._process: subprocess.Popen[str] | None = None

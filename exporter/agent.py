@@ -58,7 +58,7 @@ def run(settings: Settings) -> int:
     say_what_is_not_enforced(settings)
     root = find_root()
     cgroup = scope_of(settings, root)
-    kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes)
+    kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes, settings.cache_path)
     groups = PeerGroups(settings.peer_groups) if settings.peer_groups else None  # a mistake costs nothing yet
     resources = Resources(platform.node(), settings.node_name, __version__, settings.otel)
     routes = Routes(settings.routes)

@@ -110,6 +110,10 @@ class Settings:
     pin_path: Path = Path("/sys/fs/bpf/ebfw")
     """Directory on a bpffs where maps and links are pinned, so that totals survive the agent."""
 
+    cache_path: Path | None = Path("/var/cache/ebfw")
+    """Folder in which the compiled programs are kept for the next start; None: they are compiled at every start. What
+    others than the agent's user could write is not read."""
+
     spans_per_second: int = 100
     """Spans a second and node that are exported while no sampler is set, shared fairly between workloads; 0 =
     none. The rest is counted. Enough to look at, little enough for any backend."""
@@ -357,6 +361,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("EBFW_POLICY", "policy", _file, "path"),
     Variable("EBFW_ENFORCE_DRY_RUN", "enforce_dry_run", _boolean, "boolean"),
     Variable("EBFW_BPF_PIN_PATH", "pin_path", _absolute, "path"),
+    Variable("EBFW_CACHE_PATH", "cache_path", _optional, "path; empty keeps nothing"),
     Variable("EBFW_SPANS_PER_SECOND", "spans_per_second", _whole(0, 1_000_000), "whole number"),
     Variable("EBFW_LOGS", "logs", _one_of("notable", "all"), "notable or all"),
     Variable("EBFW_INVENTORY", "inventory", _optional, "path; empty keeps none"),
@@ -378,7 +383,7 @@ VARIABLES: tuple[Variable, ...] = (
 )
 
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
-_EMPTY_MEANS_SOMETHING = frozenset({"EBFW_METRICS_ADDR", "EBFW_INVENTORY"})
+_EMPTY_MEANS_SOMETHING = frozenset({"EBFW_METRICS_ADDR", "EBFW_INVENTORY", "EBFW_CACHE_PATH"})
 
 
 def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:

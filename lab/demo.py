@@ -29,7 +29,7 @@ from typing import Any
 
 from lab import workload
 from lab.cgroup import undisturbed
-from lab.clients import private_libssl
+from lab.clients import cache_folder, private_libssl
 from lab.net import Cgroup, Lab, LabError, preflight, sweep
 from lab.servers import Servers
 from lab.summary import describe
@@ -85,6 +85,7 @@ class Agent:
             "EBFW_METRICS_ADDR": self.address,
             "EBFW_BPF_PIN_PATH": str(self._pins),
             "PYTHONUNBUFFERED": "1",
+            "EBFW_CACHE_PATH": str(cache_folder() / "programs"),
             "EBFW_INVENTORY": "",  # all that a demo does is new
         }
         installed = Path(sys.executable).with_name("ebfw")

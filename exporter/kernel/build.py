@@ -7,8 +7,10 @@ In: the C sources and nothing else. Out: for each entry function its instruction
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -64,6 +66,53 @@ def build_id() -> bytes:
     for path in sorted(source_folder().rglob("*.[ch]")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.digest()
+
+
+def programs(cache: Path | None = None) -> dict[str, bytes]:
+    """Instructions by entry function: kept in the folder `cache` by an earlier start, or compiled and kept there. A
+    node that restarts, or an image that was filled when it was built, has no need of a compiler's seconds."""
+    if cache is None:
+        return compile_programs()
+    file = cache / f"programs-{_recipe()}.json"
+    code = _kept(file)
+    if code is None:
+        code = compile_programs()
+        _keep(file, code)
+    return code
+
+
+def _recipe() -> str:
+    """What the instructions depend on: the sources, the machine, the compiler (its file changes with its version)."""
+    spec = importlib.util.find_spec("bcc")
+    found = os.stat(spec.origin) if spec is not None and spec.origin else None
+    compiler = f"{found.st_mtime_ns} {found.st_size}" if found else ""
+    return hashlib.sha256(build_id() + compiler.encode() + repr(PARTS).encode()).hexdigest()[:32]
+
+
+def _kept(file: Path) -> dict[str, bytes] | None:
+    """None where there is none that only root can have written."""
+    try:
+        with file.open("rb") as opened:
+            for status in (os.stat(file.parent), os.fstat(opened.fileno())):
+                if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+                    return None
+            held = json.load(opened)
+        code = {name: base64.b64decode(text) for name, text in held.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    return code if set(code) == {name for part in PARTS.values() for name in part} else None
+
+
+def _keep(file: Path, code: dict[str, bytes]) -> None:
+    """One file: what other sources left is removed. A folder that cannot be written costs the next start its time."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for old in file.parent.glob("programs-*.json"):
+            old.unlink()
+        new = file.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps({name: base64.b64encode(text).decode() for name, text in code.items()}))
+        new.chmod(0o600)
+        new.replace(file)
 
 
 def compile_programs() -> dict[str, bytes]:

@@ -148,8 +148,8 @@ NO_HPACK = f"{TAIL_PROBES[0].lost} (libnghttp2.so.14 is missing; Debian's packag
 class Kernel:
     """The kernel side, attached. `maps` are descriptors by name."""
 
-    def __init__(self, pin_path: Path, cgroup: Path, flows: int, ring_bytes: int) -> None:
-        self.pin_path, self.cgroup = pin_path, cgroup
+    def __init__(self, pin_path: Path, cgroup: Path, flows: int, ring_bytes: int, cache: Path | None = None) -> None:
+        self.pin_path, self.cgroup, self.cache = pin_path, cgroup, cache
         self.flows, self.ring_bytes = flows, ring_bytes
         self.maps: dict[str, int] = {}
         self.programs: dict[str, int] = {}
@@ -249,7 +249,7 @@ class Kernel:
                 features.set("http2", hpack.available(), NO_HPACK)
                 self._open_unlinked()
                 return
-            code = build.compile_programs()
+            code = build.programs(self.cache)
             self._load_tail_programs(code)  # first: what calls them may find them
             for probe in PROBES:
                 self._attach_one(probe, code, cgroup, cgroup_id)

@@ -20,12 +20,17 @@ from lab.cgroup import LabError
 _FLAGS = ("-std=c99", "-O2", "-Wall", "-Wextra")
 
 
+def cache_folder() -> Path:
+    """Where what is made once is kept, outside the checkout."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebfw"
+
+
 def compiled(name: str = "loadgen") -> Path:
     """Compiles NAME.c into ${XDG_CACHE_HOME:-~/.cache}/ebfw/lab, once per content; needs `cc` only when it is
     not there yet. Raises LabError without a compiler or when it complains."""
     source = Path(__file__).with_name(f"{name}.c")
     digest = hashlib.sha256(source.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebfw" / "lab"
+    cache = cache_folder() / "lab"
     program = cache / f"{name}-{platform.machine()}-{digest}"
     if program.exists():
         return program

@@ -28,7 +28,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lab import Cgroup, Lab
-from lab.clients import private_libssl
+from lab.clients import cache_folder, private_libssl
 from lab.dns import Entry
 from lab.net import SERVERS4, SERVERS6, preflight
 from lab.servers import Servers
@@ -211,6 +211,7 @@ class Host:
             "EBFW_CGROUP": str(self.cgroup.path),
             "EBFW_BPF_PIN_PATH": str(self.pins),
             "EBFW_METRICS_ADDR": "127.0.0.1:0",
+            "EBFW_CACHE_PATH": str(cache_folder() / "programs"),
             **settings,
         }
 

@@ -72,6 +72,8 @@ def test_every_variable_sets_a_field_and_every_field_is_documented() -> None:
         ("EBFW_POLICY", "/etc/p.yaml", "policy", Path("/etc/p.yaml")),
         ("EBFW_ENFORCE_DRY_RUN", "true", "enforce_dry_run", True),
         ("EBFW_BPF_PIN_PATH", "/sys/fs/bpf/x", "pin_path", Path("/sys/fs/bpf/x")),
+        ("EBFW_CACHE_PATH", "/tmp/c", "cache_path", Path("/tmp/c")),
+        ("EBFW_CACHE_PATH", "", "cache_path", None),
         ("EBFW_SPANS_PER_SECOND", "0", "spans_per_second", 0),
         ("EBFW_LOGS", "all", "logs", "all"),
         ("EBFW_INVENTORY", "/var/lib/ebfw/i.json", "inventory", Path("/var/lib/ebfw/i.json")),
