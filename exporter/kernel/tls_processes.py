@@ -331,7 +331,8 @@ class TlsProcesses:
                 if process is None:
                     self._begin(pid, _FOUND_BY_SCAN, time.monotonic())
                     process = self._processes.get(pid)
-                if process is not None and time.monotonic() - process.looked > 1.0:
+                # A young one may have mapped it since the last look, however short ago that was.
+                if process is not None and (process.step < _FOUND_BY_SCAN or time.monotonic() - process.looked > 1.0):
                     self._look(pid, process)
             coverage = process.coverage if process is not None else UNKNOWN
             if process is not None and process.gone and coverage == NONE:
