@@ -26,6 +26,7 @@ def _sections() -> dict[str, tuple[str, Callable[[bool], Iterator[Row]]]]:
         "live": ("what an application pays", live.rows),
         "pipeline": ("what the pipeline sustains", pipeline.rows),
         "cpu": ("what the agent's process uses: CPU", process.cpu_rows),
+        "http": ("what requests cost the agent", process.http_rows),
         "memory": ("what the agent's process uses: memory", memory.rows),
         "maps": ("what the maps take, and reading them", tables.rows),
         "start": ("from start to attached", start.rows),

@@ -37,6 +37,7 @@ class _Result(NamedTuple):
 _LOADS = {
     "pingpong": _Load("pingpong", 20_000),
     "hello": _Load("hello", 4_000),
+    "http": _Load("http", 20_000),
     "dns": _Load("dns", 16_000, 53),
     "dns fresh": _Load("dns", 10_000, 53, ("-f",)),
     "bulk": _Load("bulk", 12_000),
@@ -74,6 +75,7 @@ def rows(quick: bool) -> Iterator[Row]:
     runs = rounds * _RUNS
     yield cpu("ping-pong", "pingpong", 1.05, f"64 B there and back; {runs} runs each")
     yield cpu("connect + ClientHello + close", "hello", 1.2, "1.7 KB hello, name last")
+    yield cpu("HTTP/1.1 request", "http", None, "one connection, 600 B of body")
     yield cpu("DNS query and answer", "dns", 1.10, "one unconnected socket")
     yield cpu("DNS, a fresh socket each", "dns fresh", None, "as resolvers in the C library do")
     yield cpu("bulk, 64 KiB writes", "bulk", None, "")
@@ -86,6 +88,16 @@ def rows(quick: bool) -> Iterator[Row]:
             "without agent",
             note="both ends on one CPU",
         )
+    rate = compared(
+        "request rate, HTTP/1.1",
+        [r.rate for r in with_agent["http"]],
+        [r.rate for r in without["http"]],
+        "1/s",
+        "without agent",
+        0.95,
+        "both ends on one CPU",
+    )
+    yield rate._replace(at_least=True)
     yield compared(
         "throughput, bulk",
         [r.mbytes for r in with_agent["bulk"]],

@@ -169,5 +169,26 @@ class Talk:
         ]
 
 
+_RESPONSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 600\r\n\r\n"
+
+
+def exchange(talk: Talk) -> list[bytes]:
+    """An HTTP/1.1 request head of an ordinary client, and the first segment of its answer, which is all of it."""
+    head = (
+        f"GET /v1/items/{talk.number % 100}?page=2 HTTP/1.1\r\nHost: {talk.name}\r\nUser-Agent: curl/8.5.0\r\n"
+        "Accept: application/json\r\nAccept-Encoding: gzip\r\n\r\n"
+    ).encode()
+    answer = _RESPONSE_HEAD + bytes(600)
+    flags = wire.RECORD_HEAD_END
+    return [
+        talk._record(wire.RECORD_HEAD, 6, talk.peer, 80, name=talk.name_id, flags=flags, length=len(head))
+        + head.ljust(256, b"\0"),
+        talk._record(
+            wire.RECORD_RESPONSE, 6, talk.peer, 80, name=talk.name_id, length=len(answer), tx=len(head), rx=len(answer)
+        )
+        + answer.ljust(1024, b"\0"),
+    ]
+
+
 def talks(count: int, cgroups: Sequence[int]) -> list[Talk]:
     return [Talk(number, cgroups[number % len(cgroups)]) for number in range(count)]

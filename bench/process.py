@@ -11,10 +11,10 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bench.feed import AgentMaps, Feed
-from bench.packets import TALK, Talk, talks
+from bench.packets import Talk, exchange, talks
 from bench.raw import Producer
 from bench.report import Row, progress, single
 from bench.world import REPOSITORY, Agent, cpus, pin_path, pinned_to
@@ -33,6 +33,45 @@ def cpu_rows(quick: bool) -> Iterator[Row]:
     with receiver() as url:
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": url}
         yield _cpu(quick, 10_000, None, environment, ", OTLP", "spans, logs, metrics over HTTP")
+
+
+def http_rows(quick: bool) -> Iterator[Row]:
+    """Requests with their answers, 10,000 a second: with a span for each, and under the budget of the default."""
+    with receiver() as url:
+        endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": url}
+        every = {**endpoint, "OTEL_TRACES_SAMPLER": "always_on", "OTEL_BSP_MAX_QUEUE_SIZE": "32768"}
+        yield _requests(quick, 35.0, every, "a span for each")
+        yield _requests(quick, 20.0, endpoint, "the default budget of spans")
+        yield _requests(quick, None, {}, "metrics only")
+
+
+def _requests(
+    quick: bool, bound: float | None, environment: dict[str, str], note: str, every_span: bool = False
+) -> Row:
+    name = f"agent CPU at 10,000 HTTP/1.1 requests/s, {note}"
+    windows = 3 if quick else 15
+    for attempt in range(3):
+        with Loaded(2000, environment, records=exchange) as loaded:
+            loaded.feed(8000)
+            loaded.pace(20_000, 4)
+            samples = []
+            for number in range(windows):
+                before, began = loaded.agent.cpu_seconds(), time.monotonic()
+                loaded.pace(20_000, 4)
+                samples.append((loaded.agent.cpu_seconds() - before) / (time.monotonic() - began) * 100)
+                progress.step(f"{name}: {number + 1} of {windows} windows")
+            try:
+                loaded.check()
+                time.sleep(3)
+                lost = loaded.agent.lost()
+                if lost:
+                    raise LabError(f"lost: {lost}")
+                break
+            except LabError as error:
+                if attempt == 2:
+                    raise
+                progress.step(f"{name}: once more, {error}")
+    return single(name, samples, "% of a core", bound, f"2,000 flows, {windows * 4} s; nothing lost")
 
 
 def _cpu(quick: bool, rate: int, bound: float | None, environment: dict[str, str], title: str, note: str) -> Row:
@@ -61,8 +100,15 @@ def _cpu(quick: bool, rate: int, bound: float | None, environment: dict[str, str
 class Loaded:
     """An agent on a cgroup of its own with flows that exist, and records for them at any pace."""
 
-    def __init__(self, flows: int, environment: dict[str, str], workloads: int = 10) -> None:
+    def __init__(
+        self,
+        flows: int,
+        environment: dict[str, str],
+        workloads: int = 10,
+        records: Callable[[Talk], list[bytes]] = Talk.records,
+    ) -> None:
         self._count, self._environment, self._workloads = flows, environment, workloads
+        self._records, self._each = records, 1
         self._guard = contextlib.ExitStack()
         self._moved = 0
 
@@ -82,9 +128,9 @@ class Loaded:
             stack.callback(self._feed.close)
             self._feed.names(flows)
             self._feed.flows(flows)
-            self._producer = stack.enter_context(
-                Producer(fds["records"], [record for flow in flows for record in flow.records()])
-            )
+            templates = [record for flow in flows for record in self._records(flow)]
+            self._each = len(templates) // len(flows)
+            self._producer = stack.enter_context(Producer(fds["records"], templates))
             self._guard = stack.pop_all()
         return self
 
@@ -96,7 +142,7 @@ class Loaded:
         began = time.monotonic()
         put = 0
         while (now := time.monotonic() - began) < seconds:
-            due = int(now * rate) // TALK * TALK - put  # whole talks
+            due = int(now * rate) // self._each * self._each - put  # whole talks
             self._put(due)
             put += due
             time.sleep(_TICK)
@@ -111,8 +157,8 @@ class Loaded:
 
     def _put(self, records: int) -> None:
         self._producer.put(records)
-        self._feed.move(self._moved, records // TALK)
-        self._moved += records // TALK
+        self._feed.move(self._moved, records // self._each)
+        self._moved += records // self._each
 
     def check(self) -> None:
         """Raises LabError if the ring was full at times: then less was done than was asked for."""

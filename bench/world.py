@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -166,6 +168,15 @@ class Agent:
             if name in ("VmRSS", "RssAnon", "RssFile", "RssShmem"):
                 found[name] = int(rest.split()[0]) * 1024 / 1e6
         return found
+
+    def lost(self) -> dict[str, float]:
+        """What its own metrics say was lost, by their labels; without what it says of other times."""
+        found = re.search(r"http://\S+/metrics", "\n".join(self.words))
+        if found is None:
+            raise LabError("the agent does not say where its metrics are")
+        with urllib.request.urlopen(found[0], timeout=60) as page:
+            lines = [line for line in page.read().decode().splitlines() if line.startswith("ebfw_records_lost_total{")]
+        return {labels: float(value) for labels, _, value in (line.rpartition(" ") for line in lines) if float(value)}
 
     def map(self, name: str) -> int:
         """A descriptor of one of its maps; the caller closes it."""

@@ -1,18 +1,19 @@
-/* loadgen: both ends of four known workloads, for measuring and for exact counts. C99, libc only.
+/* loadgen: both ends of five known workloads, for measuring and for exact counts. C99, libc only.
  *
  *   loadgen serve MODE ADDRESS PORT [-n COUNT]     loadgen MODE ADDRESS PORT [-n COUNT] [options]
  *
  *   pingpong   n round trips of m bytes over one TCP connection
+ *   http       n HTTP/1.1 requests over one TCP connection, each answered with a body of m bytes
  *   hello      n times: connect, send a TLS ClientHello of m bytes whose server name comes last, close
  *   dns        n queries (A) over UDP, each answered; -c: connected socket, -f: a fresh socket per query
  *   bulk       n writes of m bytes over one TCP connection, no answer
  *
- *   -m BYTES   size of a message (pingpong 64, hello 1700, bulk 65536)
+ *   -m BYTES   size of a message (pingpong 64, http 600, hello 1700, bulk 65536)
  *   -s NAME    the name in the ClientHello or the query (load.lab.example)
  *   -p MICROS  pause after every operation, for a steady rate
  *
  * ADDRESS is numeric, IPv4 or IPv6. A server takes port 0 for any; it prints {"ready":PORT} once it listens, ends
- * after COUNT operations (connections for pingpong, hello and bulk; queries for dns; 0, the default, is never) or
+ * after COUNT operations (connections for pingpong, http, hello and bulk; queries for dns; 0, the default, is never) or
  * on SIGTERM. Both ends print one JSON line at the end: mode, role, n (operations done), lost (DNS answers that did
  * not come), bytes (payload sent and received), wall_s, user_s, system_s. Exit status 1 with a sentence on stderr
  * when something failed.
@@ -229,6 +230,29 @@ static void pingpong_client(void)
 	close(fd);
 }
 
+/* What each request of `http` is answered with; its length. */
+static long make_response(unsigned char *out)
+{
+	long head = sprintf((char *)out, "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %ld\r\n\r\n",
+			    opt.size);
+	memset(out + head, 'x', (size_t)opt.size);
+	return head + opt.size;
+}
+
+static void http_client(void)
+{
+	int fd = connect_socket(SOCK_STREAM);
+	char request[512];
+	long length = snprintf(request, sizeof request, "GET /load HTTP/1.1\r\nHost: %s\r\nAccept: */*\r\n\r\n", opt.name);
+	long expected = make_response(buffer);
+	for (; done < opt.count && !stopping; done++) {
+		write_all(fd, (unsigned char *)request, length);
+		read_all(fd, expected);
+		pause_after();
+	}
+	close(fd);
+}
+
 static void hello_client(void)
 {
 	static unsigned char hello[MAX_HELLO + 1024];
@@ -313,6 +337,8 @@ static void listen_ready(int fd)
 static void stream_server(void)
 {
 	int echo = !strcmp(opt.mode, "pingpong"), listener = make_socket(SOCK_STREAM);
+	static unsigned char response[MAX_MESSAGE + 512];
+	long answer = strcmp(opt.mode, "http") ? 0 : make_response(response);
 	listen_ready(listener);
 	while (!stopping && (!opt.count || done < opt.count)) {
 		int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
@@ -328,6 +354,8 @@ static void stream_server(void)
 			bytes += (unsigned long long)n;
 			if (echo)
 				write_all(fd, buffer, n);
+			else if (answer) /* a client sends one request at a time, in one piece */
+				write_all(fd, response, answer);
 		}
 		close(fd);
 		done++;
@@ -383,6 +411,7 @@ int main(int argc, char **argv)
 		long size;
 	} modes[] = {
 		{ "pingpong", pingpong_client, stream_server, 64 },
+		{ "http", http_client, stream_server, 600 },
 		{ "hello", hello_client, stream_server, 1700 },
 		{ "dns", dns_client, dns_server, 0 },
 		{ "bulk", bulk_client, stream_server, 65536 },
@@ -394,7 +423,7 @@ int main(int argc, char **argv)
 	while (which < known && argc > 1 && strcmp(argv[1], modes[which].mode))
 		which++;
 	if (argc < 4 || which == known || !parse_address(argv[2], argv[3])) {
-		fprintf(stderr, "usage: loadgen [serve] pingpong|hello|dns|bulk ADDRESS PORT [-n COUNT] [-m BYTES]"
+		fprintf(stderr, "usage: loadgen [serve] pingpong|http|hello|dns|bulk ADDRESS PORT [-n COUNT] [-m BYTES]"
 				" [-s NAME] [-p MICROS] [-c] [-f]\n");
 		return 2;
 	}
