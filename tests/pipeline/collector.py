@@ -98,6 +98,7 @@ class Span(NamedTuple):
     trace_id: str
     span_id: str
     parent_id: str
+    links: tuple[tuple[str, str], ...]  # (trace id, span id)
 
 
 class Log(NamedTuple):
@@ -216,6 +217,7 @@ class Collector:
                 resource, span["name"], span.get("kind", 0), int(span["startTimeUnixNano"]),
                 int(span["endTimeUnixNano"]), span.get("status", {}).get("code", 0) == 2, attributes(span),
                 span["traceId"], span["spanId"], span.get("parentSpanId", ""),
+                tuple((link["traceId"], link["spanId"]) for link in span.get("links", ())),
             )
             for resource, span in self._records("traces", "resourceSpans", "scopeSpans", "spans", run)
         ]  # fmt: skip

@@ -47,6 +47,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
 SETTINGS = {
     "EBFW_LOGS": "all",
     "EBFW_OUTPUT": "json",
+    "EBFW_CONNECTION_SPANS": "all",  # by default only slow ones are told, and what is slow depends on the machine
     "OTEL_TRACES_SAMPLER": "always_on",
     "OTEL_BSP_SCHEDULE_DELAY": "200",
     "OTEL_BLRP_SCHEDULE_DELAY": "200",
@@ -73,9 +74,12 @@ def traffic(world: World, cgroup: Cgroup) -> None:
 EVENTS = 3 * CONNECTIONS + REFUSED + LOOKUPS + 1  # lines: opened, requested, closed; refused; lookups; one UDP socket
 SPANS: Counter[tuple[str, bool]] = Counter(
     {
+        ("GET /bytes/{id}", False): CONNECTIONS,
+        # How each connection came about: a trace of its own, with a child for the handshake.
+        ("connection", False): CONNECTIONS,
         (f"socket connect {SERVER}:80", False): CONNECTIONS,
+        ("connection", True): REFUSED,
         (f"socket connect {SERVER}:{CLOSED_PORT}", True): REFUSED,
-        (f"DNS lookup {NAME}", False): LOOKUPS,
     }
 )
 LOGS: Counter[tuple[str, str, str, str]] = Counter(
@@ -89,7 +93,7 @@ LOGS: Counter[tuple[str, str, str, str]] = Counter(
     }
 )
 RECORDS = SPANS.total() + LOGS.total()
-BEAT = 4  # records of one request by curl to an address: opened, requested and closed, and a span
+BEAT = 6  # records of one request by curl to an address: opened, requested and closed, and three spans
 
 
 def times(counter: Counter[Any], rounds: int) -> Counter[Any]:

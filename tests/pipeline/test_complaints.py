@@ -16,7 +16,7 @@ from exporter.kernel.maps import SPARE_SLOTS
 from lab.servers import PORTS
 from tests.pipeline import known
 from tests.pipeline.collector import Collector
-from tests.pipeline.conftest import Host, Samples, World, eventually
+from tests.pipeline.conftest import Agent, Host, Samples, World, eventually
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(300)]
 
@@ -217,6 +217,33 @@ def test_requests_are_only_read(host: Host, world: World) -> None:
     assert headers("with-agent") == without
     assert without["traceparent"] == traceparent
     eventually(lambda: "/with-agent" in agent.output)
+
+
+def test_d12_silence_stays_silent(host: Host, world: World, collector: Collector) -> None:
+    """The agent in the cgroup that it watches, as on a whole host, with nothing excluded: what it sends to the
+    Collector is no line, no span and no record of its own."""
+    config = host.directory / "all.yaml"
+    config.write_text("exclude: {cidrs: [], domainSuffixes: []}\n")
+    run = "silent"
+    settings = {
+        **known.settings(run),
+        "EBFW_CONFIG": str(config),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.http,
+        "OTEL_EXPORTER_OTLP_COMPRESSION": "gzip",
+    }
+    place = host.cgroup.child("agent.service")
+    agent = Agent(host, len(host.agents), settings, command=place.command(["env"]))
+    host.agents.append(agent)
+    agent.ready()
+    assert agent.pid in place.pids()
+    pushes = len(collector.points(run, "ebfw.build.info"))
+    eventually(lambda: len(collector.points(run, "ebfw.build.info")) >= pushes + 5, 60)
+    assert agent.lines == []
+    assert collector.spans(run) == []
+    assert collector.logs(run) == []
+    # It is not deaf: what somebody else in the same place does is told.
+    world.curl(place, f"http://{known.SERVER}/somebody-else")
+    eventually(lambda: "/somebody-else" in agent.output)
 
 
 def test_no_kernel_headers_are_needed(host: Host) -> None:

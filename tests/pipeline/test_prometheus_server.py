@@ -46,6 +46,7 @@ def agents(
     with Host(world, tmp_path_factory.mktemp("faces")) as host:
         direct = host.start(
             EBFW_METRICS_ADDR=prometheus.target,
+            OTEL_EXPORTER_OTLP_ENDPOINT=collector.http,
             OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=f"{prometheus.otlp}/v1/metrics",
             **known.settings("direct"),
         )
@@ -208,21 +209,23 @@ def test_types_and_units(faces: Faces, prometheus: PrometheusServer) -> None:
     assert all(row["help"] for name, row in found.items() if name.startswith("ebfw_"))
 
 
-def test_exemplars_are_scraped(faces: Faces, prometheus: PrometheusServer) -> None:
-    """Each exemplar of the OpenMetrics page is in Prometheus, with its trace id, under its series."""
-    from prometheus_client.openmetrics.parser import text_string_to_metric_families
+def test_exemplars_are_scraped(
+    faces: Faces, agents: tuple[Host, Agent, Agent], world: World, prometheus: PrometheusServer
+) -> None:
+    """A request of which a span is made is an exemplar of its duration: on the OpenMetrics page, in Prometheus by
+    way of a scrape, and of a push."""
+    host, _, _ = agents
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    world.curl(host.shop, "-H", f"traceparent: 00-{trace}-00f067aa0ba902b7-01", f"http://{known.SERVER}/traced")
+    eventually(lambda: trace in read(prometheus.target, "application/openmetrics-text; version=1.0.0"))
+    assert trace not in read(prometheus.target, "text/plain")  # that format has none
+    for instance in (prometheus.target, "node-direct.shop"):
 
-    said = {
-        (sample.name, sample.exemplar.labels["trace_id"])
-        for family in text_string_to_metric_families(faces.openmetrics)
-        for sample in family.samples
-        if sample.exemplar
-    }
-    scraped = {
-        (labels["__name__"], exemplar["labels"].get("trace_id", ""))
-        for labels, exemplar in prometheus.exemplars(f'{{instance="{prometheus.target}"}}')
-    }
-    assert said <= scraped
+        def found(instance: str = instance) -> set[str]:
+            rows = prometheus.exemplars(f'{{instance="{instance}"}}')
+            return {labels["__name__"] for labels, row in rows if row["labels"].get("trace_id") == trace}
+
+        assert "http_client_request_duration_seconds_bucket" in eventually(found)
 
 
 JOB = """
