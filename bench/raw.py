@@ -14,7 +14,7 @@ from pathlib import Path
 from exporter.kernel import bpf
 
 _PROG_GET_FD_BY_ID, _MAP_LOOKUP_AND_DELETE = 13, 21
-NO_WAKEUP = 1
+NO_WAKEUP, FORCE_WAKEUP = 1, 2
 
 
 def _code(*lines: tuple[int, int, int, int, int]) -> bytes:
@@ -56,9 +56,10 @@ def pop(stack: int) -> int:
 
 class Producer:
     """Puts records into a ring from the kernel's side, which alone can write there: BPF_PROG_TEST_RUN of a program
-    that copies templates, in turn, with the time of now in their first eight bytes. Context manager."""
+    that copies templates, in turn, with the time of now in their first eight bytes. With `wake` each wakes the reader,
+    else none does. Context manager."""
 
-    def __init__(self, ring: int, templates: Sequence[bytes]) -> None:
+    def __init__(self, ring: int, templates: Sequence[bytes], wake: bool = False) -> None:
         room = max(map(len, templates))
         value = 8 + (room + 7 & ~7)
         self._templates = bpf.map_create(bpf.ARRAY, 4, value, len(templates), 0, "bench_records")
@@ -93,7 +94,7 @@ class Producer:
             (0xBF, 2, 6, 0, 0),
             (0x07, 2, 0, 0, 8),
             *_map(1, ring),
-            (0xB7, 4, 0, 0, NO_WAKEUP),
+            (0xB7, 4, 0, 0, FORCE_WAKEUP if wake else NO_WAKEUP),
             _call(130),  # ringbuf_output
             (0x15, 0, 0, 3, 0),
             (0x79, 1, 7, 8, 0),
