@@ -284,10 +284,12 @@ class Host:
 
     def left_behind(self) -> list[str]:
         """What is left of the product now, in words; empty when it has cleaned up."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 20  # after RCU grace periods, which a busy machine stretches
         while self._objects() and time.monotonic() < deadline:
             time.sleep(0.1)
-        found = [f"program or map {number}" for number in sorted(self._objects())]
+        kept = self._objects()
+        rows = [row for kind in ("prog", "map") for row in bpftool(kind, "show") if row["id"] in kept]
+        found = [f"{row['type']} {row.get('name', '')} {row['id']}" for row in rows]
         found += [f"program {row['name']} on the cgroup" for row in self.attached()]
         found += [f"mount {point}" for point in self._mounts()]
         if self.pins.exists():
