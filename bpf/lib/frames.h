@@ -290,7 +290,7 @@ INLINE int frames_run(struct frames *f, struct walk *w, struct source *from, int
 		if (frames_step(f, w, from, user))
 			break;
 	RELOAD();
-	if (w->used) {
+	if (w->used || (f->broken && f->told)) { /* the loss itself is told at once: nothing may follow it */
 		w->head.flags = (w->head.flags & ~RECORD_BROKEN) | (f->broken ? RECORD_BROKEN : 0);
 		f->broken = 0;
 		digest_out(w);

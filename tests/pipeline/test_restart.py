@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from exporter.kernel.probes import UNLINKED
+from exporter.kernel.probes import TAIL_PROBES, UNLINKED
 from lab import Cgroup
 from lab.net import SERVERS4, SERVERS6
 from lab.servers import PORTS
@@ -107,7 +107,7 @@ def test_killed_again_and_again(host: Host, world: World) -> None:
         agent.kill()
     agent = host.start().ready()
     assert len(ids(host)) == PROGRAMS
-    assert len(host.programs()) == PROGRAMS + sum(map(len, UNLINKED.values()))
+    assert len(host.programs()) == PROGRAMS + len(TAIL_PROBES) + sum(map(len, UNLINKED.values()))
     send(world, host)
     reads(agent, after(1), stay=True)
 
@@ -137,7 +137,7 @@ def test_another_build(host: Host, world: World, tmp_path: Path) -> None:
     assert not set(new) & set(old)
     assert host.pinned("link") == links
     assert host.pinned("map") == maps
-    assert len(host.programs()) == PROGRAMS + sum(map(len, UNLINKED.values()))
+    assert len(host.programs()) == PROGRAMS + len(TAIL_PROBES) + sum(map(len, UNLINKED.values()))
     out, _ = stream.communicate(timeout=30)
     assert int(out) == count
     reads(agent, (count * 128, count, 0, 0), stay=True)
@@ -188,7 +188,7 @@ def test_a_missing_link_is_put_back(host: Host, world: World) -> None:
     agent = host.start().ready()
     assert "counters adopted" in agent.log
     assert len(ids(host)) == PROGRAMS
-    assert len(host.programs()) == PROGRAMS + sum(map(len, UNLINKED.values()))
+    assert len(host.programs()) == PROGRAMS + len(TAIL_PROBES) + sum(map(len, UNLINKED.values()))
     send(world, host)
     reads(agent, after(2))
 
