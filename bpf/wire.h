@@ -347,13 +347,15 @@ struct frames {
 	__u32 told;   /* bytes of the digest so far */
 	__u32 data;   /* DATA not told yet: its length without padding, */
 	__u32 stream; /* and its stream; 0 = none */
+	__u32 step;   /* length of the last frame, where that was plain DATA of this stream that does not end it */
 	__u8 header[32]; /* ten are used; the verifier bounds offset and length apart */
 	__u8 have;    /* bytes of a frame header that earlier pieces brought */
 	__u8 keep;    /* the payload in progress is told */
 	__u8 state;   /* enum walking */
-	__u8 broken;  /* the digest does not continue what was told before */
+	__u8 broken;  /* bit 0, 1: the digest does not continue what was told; bit 1: which is to be told at once */
 	__u8 misses;
-	__u8 pad[3];
+	__u8 assumed; /* a frame's header was missed, and taken to be as the one before; the next one will show it */
+	__u8 pad[2];
 };
 
 struct http2 {

@@ -9,7 +9,8 @@
  * before (`sequence`; more than there are if it goes on), so that whoever misses one can go on with the next.
  *
  * A piece that is missing ends what is known: the digest then goes on where a later piece begins with a frame, and
- * says so. Bytes missing inside a DATA payload do no harm. Not read: header blocks.
+ * says so. Bytes missing inside a DATA payload do no harm; nor do headers between DATA frames of one length, which
+ * shows where the next one begins (frames_bridge). Not read: header blocks.
  */
 #ifndef EBFW_FRAMES_H
 #define EBFW_FRAMES_H
@@ -43,7 +44,7 @@ enum frame_type {
 /* Payload lengths that the type fixes, four bits each, lowest first; 0 = any. */
 #define FRAME_LENGTHS 0x0408004500ULL
 
-#define DATA_MOST 0xffffff /* a length has 24 bits */
+#define DATA_MOST 0x7fffff /* held back; a length has 24 bits, and one frame more must fit */
 #define FRAME_STEPS 64     /* of one run; a frame takes two, and one more for each 256 bytes that are told */
 #define FRAMES_MISSES 64   /* pieces without a frame at their start, one after the other: this is no HTTP/2 */
 
@@ -103,10 +104,14 @@ INLINE u64 if_evident(const struct frames *f)
 /* What was known is lost. The digest goes on, without a connection to what it held. */
 INLINE void frames_lost(struct frames *f)
 {
-	if (f->state == WALK_ON)
+	u8 known = f->state == WALK_ON;
+
+	if (known)
 		frames_lose();
 	f->state = f->state == WALK_PREFACE ? WALK_OFF : WALK_SEEK;
-	f->broken = 1;
+	f->broken = known ? 2 : f->broken | 1;
+	f->assumed = 0;
+	f->step = 0;
 	f->left = 0;
 	f->have = 0;
 	f->data = 0;
@@ -154,6 +159,8 @@ INLINE void take_frame(struct frames *f, struct walk *w, u64 data, u64 padded)
 	f->data &= ~end;
 	f->stream &= ~end;
 	f->left = length - (padded & 1);
+	f->step = length & data & ~padded & ~end;
+	f->assumed = 0;
 	f->keep = keep & 1;
 	f->state = WALK_ON;
 	f->have = 0;
@@ -220,7 +227,9 @@ INLINE int frames_step(struct frames *f, struct walk *w, struct source *from, in
 	data = if_zero(f->header[3] ^ FRAME_DATA);
 	padded = data & ~if_zero(f->header[4] & FRAME_PADDED) & ~if_zero(frame_length(f));
 	if (need == FRAME_HEADER) {
-		if (!(f->state == WALK_SEEK ? if_evident(f) : if_valid(f))) {
+		u64 evident = if_evident(f), same = data & if_zero(frame_stream(f) ^ f->stream);
+
+		if (!(if_valid(f) & (~if_zero(f->state ^ WALK_SEEK) | evident) & (if_zero(f->assumed) | evident | same))) {
 			w->failed = 1;
 			return 1;
 		}
@@ -243,6 +252,30 @@ INLINE int frames_skip(struct frames *f, u32 seq, u32 length)
 }
 
 /*
+ * A gap in which at least one frame begins. Large bodies are sent in frames of one length: if those that are missing
+ * are taken to be so too, it is known where the next one begins, and if a DATA frame of the same stream (or what is
+ * as evident) begins just there, so they were. 0: no such thing can be taken.
+ */
+INLINE int frames_bridge(struct frames *f, u32 gap)
+{
+	u32 whole = FRAME_HEADER + f->step, beyond, count;
+
+	if (f->keep || !f->step || !f->stream || f->have > FRAME_HEADER)
+		return 0;
+	beyond = gap + f->have - f->left; /* from where the first missing frame begins */
+	if (beyond > DATA_MOST)
+		return 0;
+	count = (beyond + whole - 1) / whole;
+	if (f->data + (u64)count * f->step > 2 * DATA_MOST)
+		return 0;
+	f->data += count * f->step;
+	f->left = count * whole - beyond;
+	f->have = 0;
+	f->assumed = 1;
+	return 1;
+}
+
+/*
  * Where a TCP segment stands: its first byte that was not seen yet, in w->position. 0 when there is none. Egress sees
  * what is sent again, ingress also what came out of order.
  */
@@ -259,7 +292,7 @@ INLINE int frames_place(struct frames *f, struct walk *w, u32 seq)
 	}
 	if (!f->keep && f->left >= gap) {
 		f->left -= gap;
-	} else {
+	} else if (!frames_bridge(f, gap)) {
 		frames_lost(f);
 	}
 	w->position = 0;
@@ -290,7 +323,7 @@ INLINE int frames_run(struct frames *f, struct walk *w, struct source *from, int
 		if (frames_step(f, w, from, user))
 			break;
 	RELOAD();
-	if (w->used || (f->broken && f->told)) { /* the loss itself is told at once: nothing may follow it */
+	if (w->used) {
 		w->head.flags = (w->head.flags & ~RECORD_BROKEN) | (f->broken ? RECORD_BROKEN : 0);
 		f->broken = 0;
 		digest_out(w);
@@ -303,6 +336,14 @@ INLINE int frames_run(struct frames *f, struct walk *w, struct source *from, int
 	}
 	if (f->state == WALK_SEEK || f->state == WALK_OFF) /* of the rest of this piece nothing is known */
 		w->position = w->length;
+	if (f->broken & 2 && f->told) { /* at once: what waits for the rest must know that it may not come */
+		w->used = 0;
+		w->head.offset = f->told;
+		w->head.sequence = 0;
+		w->head.flags |= RECORD_BROKEN;
+		f->broken = 0;
+		digest_out(w);
+	}
 	f->next += w->position - began;
 	return w->position < w->length;
 }

@@ -112,7 +112,7 @@ def servers(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="module")
 def agent(world: World, servers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
     with Host(world, tmp_path_factory.mktemp("http2")) as host, world.holder(host.shop):
-        yield host.start(EBFW_OUTPUT="json").ready()
+        yield host.start(EBFW_OUTPUT="json", EBFW_LOG_LEVEL="debug").ready()
 
 
 _before = 0  # events of earlier tests
@@ -205,7 +205,6 @@ def test_go(agent: Agent, world: World, tmp_path: Path, kind: str, port: int) ->
     program = shutil.copy(tool("goclient"), tmp_path / f"go-{kind}")
     url = f"{kind}://{NAME}:{port}/fail/{'5' if kind == 'http' else '14'}"
     argv = [program, "-url", url, "-n", str(N), "-wait", "-grpc", "-post", "100", "-ca", str(world.servers.ca)]
-    before = agent.metrics().total("ebfw_uprobe_attached")
     process = agent.host.shop.popen(
         argv,
         netns=world.lab.pods,
@@ -215,7 +214,7 @@ def test_go(agent: Agent, world: World, tmp_path: Path, kind: str, port: int) ->
         text=True,
     )
     if kind == "https":
-        eventually(lambda: agent.metrics().total("ebfw_uprobe_attached") > before, 15)
+        eventually(lambda: f"probes are on {program} (go)" in agent.log, 20)
     out, _ = process.communicate("\n" * N, timeout=30)
     assert out.count("grpc-status") == N, out
     found = told(agent, "/fail/5" if kind == "http" else "/fail/14")

@@ -305,7 +305,8 @@ static u32 digest_of(const u8 *data, const struct piece *pieces, u32 count, int 
 	u32 lost, length = 0, n = host_frames(data, pieces, count, WALK_START, memory, records, 4096, &lost);
 
 	for (u32 i = 0; i < n; i++) {
-		must(records[i].length && records[i].length <= sizeof(records[i].bytes), "length of a record");
+		must(records[i].length || records[i].broken, "an empty record says that something is missing");
+		must(records[i].length <= sizeof(records[i].bytes), "length of a record");
 		must(records[i].told == length || records[i].broken, "records follow each other");
 		if (length + records[i].length > 1 << 20)
 			return 0;
