@@ -111,9 +111,22 @@ def remove_entries(path: Path) -> list[str]:
                     os.close(link)
             except OSError:
                 pass  # its cgroup is gone; removing the last pin of a link detaches it too
+        elif entry.name.startswith("map_frames_"):
+            _empty(entry)
         entry.unlink()
         gone.append(entry.name)
     return gone
+
+
+def _empty(entry: Path) -> None:
+    """Take the program out of a program array. It calls itself through that array: the two hold each other, and the
+    kernel's own way out of that, when the last pin goes, was seen to fail at times."""
+    with contextlib.suppress(OSError):
+        array = bpf.get_pinned(str(entry))
+        try:
+            bpf.map_delete(array, bytes(4))
+        finally:
+            os.close(array)
 
 
 class Lock:
