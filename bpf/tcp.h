@@ -101,7 +101,9 @@ INLINE void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	s->transport = PROTO_TCP;
 	s->local_port = ctx->local_port;
 	s->stage = STAGE_DONE;
-	s->flags = S_OPEN | S_DESCRIBED; /* counted as opened with its first packet, which knows the cgroup */
+	/* Counted as opened with its first packet from here on, which knows the cgroup; one may have been here before us. */
+	s->flags = S_OPEN | S_DESCRIBED;
+	s->stride = 0;
 }
 
 INLINE void state_changed(struct bpf_sock_ops *ctx, struct socket *s)
