@@ -75,7 +75,7 @@ def test_server_in_the_cgroup(address, watch, start, run, lab, capture):
 
 
 @pytest.mark.core
-def test_5000_clients_of_one_server(tap, watch, start, run, lab):
+def test_d2_5000_clients_of_one_server(tap, watch, start, run, lab):
     """One row however many clients, and none of them costs a slot or a record."""
     process = start(TCP_SERVER, address=POD4, n=5000)
     port = process.wait_for("port")
@@ -157,7 +157,7 @@ def test_both_ends_in_the_cgroup(address, watch, start, run, capture):
 
 @pytest.mark.core
 @pytest.mark.parametrize(("asked", "to"), [(VIRTUAL4, SERVERS4[2]), (VIRTUAL6, "2001:db8:2::3")], ids=["v4", "v6"])
-def test_dnat(asked, to, watch, run, lab, servers, capture):
+def test_d1_dnat(asked, to, watch, run, lab, servers, capture):
     """The peer is whom the application asked for; both directions are in its row."""
     lab.dnat(asked, 1001, to, PORTS["tcp_echo"])
     before = len(servers.log("tcp_echo", "closed"))
@@ -173,7 +173,7 @@ def test_dnat(asked, to, watch, run, lab, servers, capture):
 
 
 @pytest.mark.core
-def test_redirect(watch, run, lab):
+def test_d1_redirect(watch, run, lab):
     """As with a mesh's sidecar: what goes to anybody ends at a port of our own."""
     with far_echo(lab.pods, "0.0.0.0", socket.SOCK_STREAM) as port:
         lab.redirect(VIRTUAL4, 1002, port)
@@ -186,7 +186,7 @@ def test_redirect(watch, run, lab):
 
 
 @pytest.mark.parametrize("connected", [True, False], ids=["connected", "unconnected"])
-def test_udp_through_dnat(connected, watch, run, lab, servers):
+def test_d1_udp_through_dnat(connected, watch, run, lab, servers):
     asked = 1003 + connected
     lab.dnat(VIRTUAL4, asked, SERVERS4[3], PORTS["udp_echo"], protocol="udp")
     run(
