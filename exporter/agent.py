@@ -47,8 +47,8 @@ REFRESH_SECONDS = 1.0  # who asks waits no longer than this
 HOUSEKEEPING_SECONDS = 5.0
 CLOCK_SECONDS = 1.0  # the wall clock is set while we run
 BATCH = 256  # records in one step of the pipeline,
-NEW_PROCESSES = 64  # whose environment is looked at in one tick
 RECORDS = 100_000  # and until the pipeline looks at anything else
+NEW_PROCESSES = 64  # whose environment is looked at in one tick
 IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slot back
 
 

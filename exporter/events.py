@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+SECOND = 1_000_000_000  # ns
+
 # Event kinds, as the seed names them; `close` is ours, and `new`: a destination that this workload had never talked to.
 CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS, NEW = "connect", "close", "dns", "tls", "http", "https", "new"
 KINDS = (CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS, NEW)

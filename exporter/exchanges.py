@@ -17,14 +17,13 @@ from typing import NamedTuple
 
 from exporter import decode, events
 from exporter.decode import Sighting
-from exporter.events import Exchange
+from exporter.events import SECOND, Exchange
 from exporter.health import losses
 from exporter.parse import Request, Response, parse_request, parse_response
 
 HEADS = 1024  # request heads that have come in part
 HEAD_BYTES = 8192
 OPEN = 8192  # connections with a request that waits for the end of its response
-SECOND = 1_000_000_000
 HEAD_SECONDS = 10
 OPEN_SECONDS = 3600  # a response may take its time; a connection whose end was lost has none
 QUIET_SECONDS = 5  # a response whose end nothing tells is over when nothing has come for so long

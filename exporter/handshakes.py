@@ -18,14 +18,13 @@ from typing import NamedTuple
 
 from exporter import decode, quic, tls
 from exporter.decode import Sighting, Step
-from exporter.events import Tls
+from exporter.events import SECOND, Tls
 from exporter.health import losses
 
 HANDSHAKES = 4096  # open at once
 HANDSHAKE_SECONDS = 10
 QUIC_HANDSHAKES = 1024  # open, or told not long ago
 HELLO_BYTES = 16384  # a hello of more is read as far as that
-SECOND = 1_000_000_000
 
 OK, CLOSED, TIMEOUT = "ok", "closed", "timeout"  # or the word of an alert
 _UNREADABLE = tls.ClientHello("", "", (), "", False, False, False, b"", False)

@@ -13,13 +13,13 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from exporter.events import SECOND
 from exporter.health import losses
 from exporter.hpack import BLOCK_BYTES, UNKNOWN, Inflater
 
 CONNECTIONS = 1024  # the one that was silent for longest gives way
 STREAMS = 1024  # open at once on one connection
 STREAM_SECONDS = 900  # without a frame; then it is told as far as it came
-SECOND = 1_000_000_000
 
 MIDWAY, LOST = "midway", "lost"
 CLOSED, GOAWAY, UNFINISHED = "connection_closed", "goaway", "timeout"

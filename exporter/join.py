@@ -1,4 +1,5 @@
-"""Sightings -> events: the pieces of a request head, a connection and its name become one thing; DNS is lookups.py's.
+"""Sightings -> events: what belongs together becomes one thing, with a workload and a name. Each protocol has a module
+of its own, which this one asks: lookups (DNS), handshakes (TLS, QUIC), exchanges (HTTP/1), http2.
 
 In: decoded sightings, in the order of the ring. Out: `Event`s, attributed, named where a name is known, with a
 duration where there are two ends. Who and what things are called is asked through the callables given at start; the
@@ -20,8 +21,6 @@ from exporter.health import losses
 from exporter.http2 import UNFINISHED, Finished, Http2
 from exporter.lookups import HELD, QUERIES, STREAMS, Lookups
 from exporter.parse import split_authority
-
-SECOND = 1_000_000_000
 
 _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
 
@@ -63,15 +62,15 @@ class Join:
             decode.ANSWER: self._lookups.answer,
             decode.QUERY_PIECE: self._lookups.query_piece,
             decode.ANSWER_PIECE: self._lookups.answer_piece,
-            decode.HELLO: self._hello,
+            decode.HELLO: self._handshake_step(self._handshakes.hello),
             decode.HEAD: self._exchanges.head,
             decode.TLS_WRITE: self._exchanges.tls_head,
             decode.RESPONSE: self._exchanges.response,
             decode.RECEIVED: self._exchanges.received,
             decode.TLS_CLOSED: self._closed,
-            decode.SERVER_HELLO: self._server_hello,
-            decode.HANDSHAKE_END: self._handshake_end,
-            decode.QUIC_INITIAL: self._quic_initial,
+            decode.SERVER_HELLO: self._handshake_step(self._handshakes.answer),
+            decode.HANDSHAKE_END: self._handshake_step(self._handshakes.end),
+            decode.QUIC_INITIAL: self._handshake_step(self._handshakes.initial),
             decode.FRAMES_OUT: self._frames,
             decode.FRAMES_IN: self._frames,
         }
@@ -127,14 +126,10 @@ class Join:
             *_,
         ) = s
         closed = kind == decode.CLOSED
-        if closed and port == 53:
-            self._lookups.closed(cookie)
         who = self._who(cgroup)
         domain, source = self.name(who, identity, peer, time)
         if closed:
             self._closed(s)
-            if (handshake := self._handshakes.closed(s)) is not None:
-                self._ended.append(self._tls(handshake))
         return _new(
             Event,
             (
@@ -233,21 +228,14 @@ class Join:
 
     # --- names and requests ---------------------------------------------------------------------------------------
 
-    def _hello(self, s: Sighting) -> Event | None:
-        handshake = self._handshakes.hello(s)
-        return self._tls(handshake) if handshake is not None else None
+    def _handshake_step(self, step: Callable[[Any], Handshake | None]) -> Callable[[Any], Event | None]:
+        """What a step of a handshake ends, as an event."""
 
-    def _server_hello(self, s: Step) -> Event | None:
-        handshake = self._handshakes.answer(s)
-        return self._tls(handshake) if handshake is not None else None
+        def read(s: Sighting | Step) -> Event | None:
+            handshake = step(s)
+            return None if handshake is None else self._tls(handshake)
 
-    def _handshake_end(self, s: Step) -> Event | None:
-        handshake = self._handshakes.end(s)
-        return self._tls(handshake) if handshake is not None else None
-
-    def _quic_initial(self, s: Sighting) -> Event | None:
-        handshake = self._handshakes.initial(s)
-        return self._tls(handshake) if handshake is not None else None
+        return read
 
     def _tls(self, handshake: Handshake) -> Event:
         s, identity, name, whole, status, duration, told = handshake
@@ -258,8 +246,9 @@ class Join:
             name, source = self.name(who, 0 if whole else identity, s.peer, s.time)
         return self._event(events.TLS, s, who, name, source, status, duration, proxy=self._proxy(s), tls=told)
 
-    def _proxy(self, s: Sighting) -> str:
-        return f"{s.peer}:{s.port}" if s.flags & decode.PROXIED else ""
+    @staticmethod
+    def _proxy(s: Sighting, proxied: bool = False) -> str:
+        return f"{s.peer}:{s.port}" if proxied or s.flags & decode.PROXIED else ""
 
     def _exchange(self, ended: Ended) -> Event:
         kind, s, request, exchange, duration = ended
@@ -278,7 +267,7 @@ class Join:
             method=request.method,
             path="" if request.method == "CONNECT" else request.path + ("?" + request.query if request.query else ""),
             headers=request.headers,
-            proxy=f"{s.peer}:{s.port}" if request.proxied or s.flags & decode.PROXIED else "",
+            proxy=self._proxy(s, request.proxied),
             exchange=exchange,
         )
 
@@ -291,6 +280,10 @@ class Join:
             yield self._who(cgroup), method, kind, count  # the kinds are called like the schemes
 
     def _closed(self, s: Sighting) -> None:
+        """What was under way on a connection that is over."""
+        self._lookups.closed(s.cookie)
+        if (handshake := self._handshakes.closed(s)) is not None:
+            self._ended.append(self._tls(handshake))
         self._exchanges.closed(s)
         self._finished += self._http2.closed(s.cookie, s.time, ERRORS.get(s.outcome, "connection_closed"))
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 from exporter import decode, events
 from exporter.decode import Message, Piece
-from exporter.events import Event, Workload
+from exporter.events import SECOND, Event, Workload
 from exporter.health import losses
 from exporter.parse import DnsMessage, parse_dns
 
@@ -31,7 +31,6 @@ ENDINGS = 1024
 STREAMS = 512
 STREAM_SECONDS = 60
 WAITING = 16  # pieces of a stream that came early
-SECOND = 1_000_000_000
 
 _SEARCH_AT = Event._fields.index("search_expansion")
 _HALF = 1 << 31

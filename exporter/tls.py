@@ -261,7 +261,7 @@ def fatal_alert(data: bytes) -> str:
 def client_alert(data: bytes) -> str:
     """As `fatal_alert`, for what a client sends after the server's first flight. From TLS 1.3 on that is encrypted;
     what is too short to be a Finished can only be an alert, and is called "encrypted"."""
-    if data[:1] == b"\x14" and data[3:5] == b"\0\1":  # change_cipher_spec, for middleboxes' sake
+    if data and data[0] == CHANGE_CIPHER_SPEC and data[3:5] == b"\0\1":  # change_cipher_spec, for middleboxes' sake
         data = data[6:]
     if len(data) < 5 or data[0] != APPLICATION_DATA:
         return fatal_alert(data)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from exporter.emit import semconv as c
-from exporter.events import ADDRESS, CANCELLED, CONNECT, DNS, HTTP, HTTPS, OK, SERVER, TLS, Event, Exchange
+from exporter.events import ADDRESS, CANCELLED, DNS, HTTP, HTTPS, OK, SERVER, TLS, Event, Exchange
 
 Value = str | bool | int | float | tuple[str, ...]
 Attributes = tuple[tuple[str, Value], ...]
@@ -291,10 +291,6 @@ def tls(event: Event) -> Pairs:
     if seen.resumed is not None:
         pairs.append((c.TLS_RESUMED, seen.resumed))
     return pairs
-
-
-def is_step(event: Event) -> bool:
-    return event.kind in (DNS, TLS) or (event.kind == CONNECT and event.transport == "tcp")
 
 
 def _present(*pairs: tuple[str, Value]) -> Pairs:

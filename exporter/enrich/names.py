@@ -19,9 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from exporter.events import Workload
-
-SECOND = 1_000_000_000  # ns
+from exporter.events import SECOND, Workload
 
 TTL_FLOOR = 60 * SECOND  # applications keep an address longer than a TTL of 0 or 5 s says
 TTL_CAP = 3600 * SECOND

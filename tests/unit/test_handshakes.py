@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from exporter import decode
 from exporter.decode import Sighting
-from exporter.events import Tls
+from exporter.events import SECOND, Tls
 from exporter.handshakes import HANDSHAKES, Handshake, Handshakes
 from exporter.health import losses
 
@@ -17,7 +17,6 @@ HELLO = hello(server_name("one.example"), alpn(b"h2"), versions(0x0304))
 ANSWER = answer(extension(43, u16s(0x0304)))
 FINISHED = b"\x14\3\3\0\1\1" + record(bytes(53), 23)
 ALERT = record(b"\2\x28", 21)
-SECOND = 1_000_000_000
 
 
 def sighting(

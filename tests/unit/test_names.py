@@ -7,8 +7,8 @@ import timeit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.enrich.names import NAMES_PER_ADDRESS, SECOND, TTL_CAP, TTL_FLOOR, Names, _Entry, key
-from exporter.events import Workload
+from exporter.enrich.names import NAMES_PER_ADDRESS, TTL_CAP, TTL_FLOOR, Names, _Entry, key
+from exporter.events import SECOND, Workload
 
 NOW = 1_700_000_000 * SECOND
 
