@@ -34,6 +34,13 @@ INLINE void frames_lose(void)
 
 static void (*tail_call)(void *ctx, void *programs, u32 index) = (void *)BPF_FUNC_tail_call;
 
+INLINE void http2_begins(struct http2 *h, int midway)
+{
+	h->out.left = midway ? 0 : PREFACE_LENGTH;
+	h->out.state = midway ? WALK_MIDWAY : WALK_PREFACE;
+	h->in.state = midway ? WALK_MIDWAY : WALK_START;
+}
+
 /* This socket speaks HTTP/2 from here on. `midway`: perhaps, and its beginning was not seen. */
 INLINE void begin_http2(struct bpf_sock *sk, struct socket *s, u32 seq, int midway)
 {
@@ -44,22 +51,10 @@ INLINE void begin_http2(struct bpf_sock *sk, struct socket *s, u32 seq, int midw
 		s->stage = STAGE_DONE;
 		return;
 	}
+	http2_begins(h, midway);
 	h->out.next = seq;
-	h->out.left = midway ? 0 : PREFACE_LENGTH;
-	h->out.state = midway ? WALK_MIDWAY : WALK_PREFACE;
-	h->in.state = midway ? WALK_MIDWAY : WALK_START;
 	s->stage = STAGE_HTTP2;
 	s->flags |= S_HTTP2;
-}
-
-/* Borrowed memory; 0 = none is free. */
-INLINE struct walk *borrow_walk(u32 *index)
-{
-	if (bpf_map_pop_elem(MAP(FREE_SCRATCH), index)) {
-		count_tally(LOST_SCRATCH);
-		return 0;
-	}
-	return bpf_map_lookup_elem(MAP(SCRATCH), index);
 }
 
 INLINE int frames_packet(struct __sk_buff *skb, int out)
@@ -85,7 +80,7 @@ INLINE int frames_packet(struct __sk_buff *skb, int out)
 	f = out ? &h->out : &h->in;
 	if (frames_skip(f, p.seq, p.length))
 		return 1;
-	w = borrow_walk(&index);
+	w = borrow_scratch(&index);
 	if (!w) {
 		frames_lost(f);
 		return 1;

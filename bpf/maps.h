@@ -51,4 +51,20 @@ INLINE void count_tally(u32 which)
 		*value += 1;
 }
 
+/* Is the task that runs in the watched subtree? For what sits on tasks, not on the cgroup. */
+INLINE bool in_scope(void)
+{
+	return bpf_current_task_under_cgroup(MAP(SCOPE), 0) == 1;
+}
+
+/* Memory for a while: its index goes back to FREE_SCRATCH. 0 = none is free. */
+INLINE void *borrow_scratch(u32 *index)
+{
+	if (bpf_map_pop_elem(MAP(FREE_SCRATCH), index)) {
+		count_tally(LOST_SCRATCH);
+		return 0;
+	}
+	return bpf_map_lookup_elem(MAP(SCRATCH), index);
+}
+
 #endif

@@ -327,14 +327,11 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 			return;
 		}
 	}
-	if (bpf_map_pop_elem(MAP(FREE_SCRATCH), &index)) {
-		count_tally(LOST_SCRATCH);
+	in = borrow_scratch(&index);
+	if (!in) {
 		s->stage = STAGE_DONE;
 		return;
 	}
-	in = bpf_map_lookup_elem(MAP(SCRATCH), &index);
-	if (!in)
-		return;
 	if (kept) {
 		copy_inspection(in, kept);
 	} else {
@@ -611,8 +608,6 @@ INLINE struct traffic *counters_of_answer(struct socket *s, const struct packet 
 	return counters_of_sender(s, p);
 }
 
-#define LAST_CHUNK 5 /* "0\r\n\r\n", RFC 9112 section 7.1 */
-
 /* Does a chunked body end with this packet? It may be the body of another kind that ends so; userspace knows. */
 INLINE int last_chunk(struct __sk_buff *skb, const struct packet *p)
 {
@@ -620,7 +615,7 @@ INLINE int last_chunk(struct __sk_buff *skb, const struct packet *p)
 
 	if (p->length < LAST_CHUNK || bpf_skb_load_bytes(skb, p->payload + p->length - LAST_CHUNK, &tail, LAST_CHUNK))
 		return 0;
-	return tail == 0x0a0d0a0d30ULL;
+	return is_last_chunk(tail);
 }
 
 /*
@@ -646,9 +641,10 @@ INLINE void inspect_answer(struct __sk_buff *skb, struct socket *s, const struct
 		parcel->received = p->length;
 		s->answer_start = s->received_to = end;
 		s->response_bytes = p->length;
-		/* "HTTP/1.1 1xx": an interim response, the final one follows; 101 ends HTTP on this connection */
-		if (p->length >= 13 && !bpf_skb_load_bytes(skb, p->payload + 8, &status, 4) && (status & 0xffff) == 0x3120) {
-			if (status >> 16 != 0x3130)
+		/* the final response follows an interim one; an upgrade ends HTTP on this connection */
+		if (p->length >= STATUS_LINE && !bpf_skb_load_bytes(skb, p->payload + STATUS_AT, &status, 4) &&
+		    is_interim(status)) {
+			if (!is_upgrade(status))
 				return;
 			s->upgraded = 1;
 		}

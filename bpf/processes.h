@@ -13,7 +13,7 @@ INLINE int program_began(void)
 {
 	struct execution *e;
 
-	if (bpf_current_task_under_cgroup(MAP(SCOPE), 0) != 1)
+	if (!in_scope())
 		return 0;
 	e = bpf_ringbuf_reserve(MAP(EXECUTIONS), sizeof(*e), 0);
 	if (!e) {

@@ -138,11 +138,6 @@ INLINE struct tls_stream *new_tls_stream(u64 connection)
 	return bpf_map_lookup_elem(MAP(TLS_STREAMS), &key);
 }
 
-INLINE bool in_scope(void)
-{
-	return bpf_current_task_under_cgroup(MAP(SCOPE), 0) == 1;
-}
-
 enum beginning { BEGINS_NOTHING, BEGINS_REQUEST, BEGINS_HTTP2, CONTINUES_HTTP2 };
 
 /* What is sent here: a request, HTTP/2's preface, a HEADERS frame with a whole header block, or something else? */
@@ -169,9 +164,7 @@ INLINE struct http2 *new_tls_http2(u64 connection, int midway)
 	struct tls_key key = tls_key_of(connection);
 	struct http2 fresh = {};
 
-	fresh.out.left = midway ? 0 : PREFACE_LENGTH;
-	fresh.out.state = midway ? WALK_MIDWAY : WALK_PREFACE;
-	fresh.in.state = midway ? WALK_MIDWAY : WALK_START;
+	http2_begins(&fresh, midway);
 	bpf_map_update_elem(MAP(TLS_HTTP2), &key, &fresh, BPF_ANY);
 	return bpf_map_lookup_elem(MAP(TLS_HTTP2), &key);
 }
@@ -211,7 +204,7 @@ INLINE void frames_tls(void *ctx)
 		h = new_tls_http2(call->connection, 1);
 	if (stream && h) {
 		f = call->out ? &h->out : &h->in;
-		w = borrow_walk(&index);
+		w = borrow_scratch(&index);
 		if (w) {
 			fill_tls(&w->head, stream, call->out ? RECORD_FRAMES_OUT : RECORD_FRAMES_IN, 0);
 			w->memory = call->buffer;
@@ -331,9 +324,9 @@ INLINE void tls_receives(void *ctx, u64 connection, u64 data, u64 n)
 	if (stream->requests != stream->answers) {
 		stream->response_bytes = n;
 		ship_user(stream, RECORD_RESPONSE, data, n, ROOM_LARGE, bpf_ktime_get_ns());
-		/* an interim response: see inspect_answer() */
-		if (n >= 13 && !bpf_probe_read_user(&status, sizeof(status), (void *)data + 8) &&
-		    (status & 0xffff) == 0x3120 && status >> 16 != 0x3130)
+		/* the final response follows an interim one */
+		if (n >= STATUS_LINE && !bpf_probe_read_user(&status, sizeof(status), (void *)data + STATUS_AT) &&
+		    is_interim(status) && !is_upgrade(status))
 			return;
 		stream->answers += 1;
 		return;
@@ -341,7 +334,8 @@ INLINE void tls_receives(void *ctx, u64 connection, u64 data, u64 n)
 	stream->response_bytes += n;
 	stream->response_ns = bpf_ktime_get_ns();
 	stream->more = 1;
-	if (n >= 5 && !bpf_probe_read_user(&tail, 5, (void *)data + n - 5) && tail == 0x0a0d0a0d30ULL) {
+	if (n >= LAST_CHUNK && !bpf_probe_read_user(&tail, LAST_CHUNK, (void *)data + n - LAST_CHUNK) &&
+	    is_last_chunk(tail)) {
 		tell_tls_received(stream, RECORD_LAST_CHUNK);
 		return;
 	}

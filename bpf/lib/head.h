@@ -19,6 +19,26 @@ INLINE int is_method(u32 w)
 	       w == FOUR('P', 'A', 'T', 'C') || w == FOUR('C', 'O', 'N', 'N') || w == FOUR('T', 'R', 'A', 'C');
 }
 
+#define STATUS_AT 8    /* in "HTTP/1.1 200 OK": the blank and the three digits */
+#define STATUS_LINE 13 /* up to the blank behind them, which a status line always has (RFC 9112 section 4) */
+
+/* 1xx: another response follows, and is the final one. */
+INLINE int is_interim(u32 status)
+{
+	return (status & 0xffff) == (' ' | '1' << 8);
+}
+
+INLINE int is_upgrade(u32 status)
+{
+	return status == FOUR(' ', '1', '0', '1');
+}
+
+#define LAST_CHUNK 5 /* "0\r\n\r\n", RFC 9112 section 7.1 */
+INLINE int is_last_chunk(u64 tail)
+{
+	return tail == (FOUR('0', '\r', '\n', '\r') | (u64)'\n' << 32);
+}
+
 /* In each byte that is below n (n <= 0x80), the high bit; bytes above the lowest such byte may be wrong. */
 INLINE u64 bytes_below(u64 w, u64 n)
 {
