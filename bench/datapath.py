@@ -19,7 +19,7 @@ from exporter.kernel.probes import Kernel
 from lab import Cgroup
 
 _NAME = "a-service.of-some.length.example"
-_OTHER = b"\x00\x01\x02\x03" + bytes(508)  # neither TLS nor HTTP
+_OTHER = b"\x05\x01\x02\x03" + bytes(508)  # neither TLS nor HTTP, nor perhaps an HTTP/2 frame
 
 
 def rows(quick: bool) -> Iterator[Row]:

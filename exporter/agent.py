@@ -178,7 +178,8 @@ class Pipeline:
     def tell(self, events: list[Event]) -> None:
         """Events to every way out, their secrets hidden."""
         write, emit, options = self.console.write, self.otlp.emit, self.redaction
-        events = self.instrumented.take(self.hygiene.observe(events))
+        self.hygiene.observe(events)
+        events = self.instrumented.take(events)
         groups = self.groups
         if groups is None:
             self.metrics.observe_all(events)

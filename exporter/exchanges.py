@@ -10,7 +10,6 @@ is worked out here (RFC 9112 section 6.3). One that comes in one piece, as most 
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -31,7 +30,6 @@ PIPELINED = 64  # requests on one connection that wait
 
 # What a failed connection is called in error.type.
 ERRORS = {"reset": "connection_reset", "timed_out": "timed_out", "ok": "connection_closed"}
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class Ended(NamedTuple):
@@ -86,17 +84,18 @@ class Exchanges:
 
     def __init__(self, received: Callable[[int], tuple[int, int] | None]) -> None:
         self._received = received
-        self._heads: OrderedDict[int, _Head] = OrderedDict()
-        self._open: dict[int, list[_Open]] = {}
+        # Both by the connection's cookie; who asks whether there is one saves a call.
+        self.heads: OrderedDict[int, _Head] = OrderedDict()
+        self.waiting: dict[int, list[_Open]] = {}
         self._coming: dict[int, _Open] = {}  # responses of more than one piece
         self.ended: list[Ended] = []  # whoever takes them clears it
 
     def __len__(self) -> int:
-        return len(self._heads) + len(self._open)
+        return len(self.heads) + len(self.waiting)
 
     def open(self) -> Iterator[tuple[str, Sighting, Request]]:
         """Requests that wait for the end of their response."""
-        for waiting in self._open.values():
+        for waiting in self.waiting.values():
             for one in waiting:
                 yield one.kind, one.first, one.request
 
@@ -104,9 +103,9 @@ class Exchanges:
 
     def head(self, s: Sighting) -> None:
         """A piece of a request head."""
-        head = self._heads.get(s.cookie)
+        head = self.heads.get(s.cookie)
         if head is not None and s.offset != len(head.data):
-            del self._heads[s.cookie]
+            del self.heads[s.cookie]
             if s.offset:
                 losses.add("join", "head_piece_missing")
                 return
@@ -120,15 +119,15 @@ class Exchanges:
         request = parse_request(head.data)
         ended = s.flags & (decode.TRUNCATED | decode.HEAD_END) or len(head.data) >= HEAD_BYTES
         if request is None and (ended or b"\n" in head.data):
-            self._heads.pop(s.cookie, None)  # it has a whole first line, and that is no request line
+            self.heads.pop(s.cookie, None)  # it has a whole first line, and that is no request line
             return
         if not ended and (request is None or request.truncated):
-            self._heads[s.cookie] = head
-            if len(self._heads) > HEADS:
+            self.heads[s.cookie] = head
+            if len(self.heads) > HEADS:
                 losses.add("join", "heads_full")
-                self._heads.popitem(last=False)
+                self.heads.popitem(last=False)
             return
-        self._heads.pop(s.cookie, None)
+        self.heads.pop(s.cookie, None)
         if request is not None:
             self._begin(events.HTTP, head.first, request, head.data)
 
@@ -142,28 +141,28 @@ class Exchanges:
 
     def _begin(self, kind: str, first: Sighting, request: Request, data: bytes) -> None:
         one = _Open(kind, first, request, len(data) if request.truncated else head_size(data))
-        waiting = self._open.get(first.cookie)
+        waiting = self.waiting.get(first.cookie)
         if waiting is None:
-            self._open[first.cookie] = [one]
-            if len(self._open) > OPEN:
+            self.waiting[first.cookie] = [one]
+            if len(self.waiting) > OPEN:
                 losses.add("join", "exchanges_full")
-                self._give_up(next(iter(self._open)), "", "lost")
+                self._give_up(next(iter(self.waiting)), "", "lost")
             return
         # A response whose end nothing told is over when the next request begins.
         if waiting[0].response is not None:
             self._end(first.cookie, waiting[0])
-            waiting = self._open.setdefault(first.cookie, [])
+            waiting = self.waiting.setdefault(first.cookie, [])
         if len(waiting) >= PIPELINED:
             losses.add("join", "exchanges_full")
             self._give_up(first.cookie, "", "lost")
-            waiting = self._open.setdefault(first.cookie, [])
+            waiting = self.waiting.setdefault(first.cookie, [])
         waiting.append(one)
 
     # --- responses ------------------------------------------------------------------------------------------------
 
     def response(self, s: Sighting) -> None:
         """The first bytes of a response, or what comes where one was expected."""
-        waiting = self._open.get(s.cookie)
+        waiting = self.waiting.get(s.cookie)
         if not waiting:
             losses.add("join", "response_without_request")
             return
@@ -173,7 +172,7 @@ class Exchanges:
             missing = (one.whole if one.whole is not None else one.come + size) - one.come
             self._more(s.cookie, one, one.come + min(size, missing), s.time, False)
             data, size = data[missing:], size - missing
-        while size > 0 and (waiting := self._open.get(s.cookie)):
+        while size > 0 and (waiting := self.waiting.get(s.cookie)):
             one = waiting[0]
             if one.response is not None:
                 return
@@ -201,7 +200,7 @@ class Exchanges:
 
     def received(self, s: Sighting) -> None:
         """How far a response has come."""
-        waiting = self._open.get(s.cookie)
+        waiting = self.waiting.get(s.cookie)
         if waiting and waiting[0].response is not None:
             self._more(s.cookie, waiting[0], s.rx_bytes, s.time, bool(s.flags & decode.LAST_CHUNK))
 
@@ -216,31 +215,30 @@ class Exchanges:
 
     def closed(self, s: Sighting) -> None:
         """The connection is over, and with it what was under way."""
-        if (head := self._heads.pop(s.cookie, None)) is not None and parse_request(head.data):
+        if (head := self.heads.pop(s.cookie, None)) is not None and parse_request(head.data):
             losses.add("join", "head_unfinished")  # it waited for its end, and has none
-        if s.cookie in self._open:
+        if s.cookie in self.waiting:
             self._give_up(s.cookie, ERRORS.get(s.outcome, "connection_closed"), "", s.time)
 
     def _give_up(self, cookie: int, error: str, partial: str, now: int = 0) -> None:
-        for one in list(self._open.get(cookie, ())):
+        for one in list(self.waiting.get(cookie, ())):
             if one.response is None:
                 one.last = now
             complete = one.response is not None and one.whole is None and not one.chunked
             self._end(cookie, one, "" if complete else error, partial)
 
     def _end(self, cookie: int, one: _Open, error: str = "", partial: str = "") -> None:
-        waiting = self._open[cookie]
+        waiting = self.waiting[cookie]
         waiting.remove(one)
         if not waiting:
-            del self._open[cookie]
+            del self.waiting[cookie]
         if self._coming.get(cookie) is one:
             del self._coming[cookie]
         first, request, response = one.first, one.request, one.response
         scheme = "https" if one.kind == events.HTTPS else "http"
-        sent = _body_sent(request, one)
-        parent = _traceparent(request)
-        state = _header(request, "tracestate") if parent else ""
-        port = request.port or 0
+        sent, parent, state, port = request.body, request.traceparent, request.tracestate, request.port or 0
+        if request.chunked and response is not None:  # with its framing
+            sent = max(0, one.sent - one.size)
         if response is None:
             exchange = Exchange(
                 request.version or "1.1",
@@ -287,18 +285,18 @@ class Exchanges:
                 and one.whole is None
             ):
                 self._end(cookie, one)
-        while self._heads:
-            cookie, head = next(iter(self._heads.items()))
+        while self.heads:
+            cookie, head = next(iter(self.heads.items()))
             if now - head.time < HEAD_SECONDS * SECOND:
                 break
-            del self._heads[cookie]
+            del self.heads[cookie]
             request = parse_request(head.data)
             if request:  # else letters that became no request line
                 losses.add("join", "head_unfinished")
                 self._begin(events.HTTP, head.first, request, head.data)
-        while self._open:
-            cookie = next(iter(self._open))
-            if now - self._open[cookie][0].first.time < OPEN_SECONDS * SECOND:
+        while self.waiting:
+            cookie = next(iter(self.waiting))
+            if now - self.waiting[cookie][0].first.time < OPEN_SECONDS * SECOND:
                 break
             losses.add("join", "exchange_without_end")
             self._give_up(cookie, "", "lost")
@@ -323,31 +321,3 @@ def _whole(method: str, response: Response) -> int | None:
     if response.chunked or response.length is None:
         return None
     return response.size + response.length
-
-
-def _body_sent(request: Request, one: _Open) -> int | None:
-    """Of the request's body; a chunked one with its framing."""
-    for name, value in request.headers:
-        if len(name) == 14 and name.lower() == "content-length":
-            return int(value) if value.isdecimal() and len(value) < 16 else None
-        if len(name) == 17 and name.lower() == "transfer-encoding":
-            return max(0, one.sent - one.size) if one.response is not None and not request.truncated else None
-    return None if request.truncated else 0
-
-
-def _traceparent(request: Request) -> str:
-    """W3C Trace Context, section 3.2; "" where there is none that is valid."""
-    for name, value in request.headers:
-        if len(name) == 11 and name.lower() == "traceparent":
-            return valid_traceparent(value)
-    return ""
-
-
-def valid_traceparent(value: str) -> str:
-    """The part that version 00 knows; "" where it is not valid."""
-    return value[:55] if _TRACEPARENT.match(value) and (len(value) == 55 or value[:2] != "00") else ""
-
-
-def _header(request: Request, wanted: str) -> str:
-    """The values of a list header, joined (RFC 9110 section 5.3)."""
-    return ",".join([value for name, value in request.headers if len(name) == len(wanted) and name.lower() == wanted])

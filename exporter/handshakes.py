@@ -75,29 +75,29 @@ class Handshakes:
     as it came."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[int, _Open] = OrderedDict()  # by the socket's cookie, oldest first
+        self.open: OrderedDict[int, _Open] = OrderedDict()  # by the socket's cookie, oldest first
         self._quic: OrderedDict[tuple[int, str, int], _Quic] = OrderedDict()  # by cookie, address and port
 
     def __len__(self) -> int:
-        return len(self._open) + len(self._quic)
+        return len(self.open) + len(self._quic)
 
     def hello(self, s: Sighting) -> Handshake | None:
         """A piece of a ClientHello. The handshake that it ends is another, older one."""
         cookie, offset, payload, flags = s.cookie, s.offset, s.payload, s.flags
         if flags & decode.ABANDONED:
-            self._open.pop(cookie, None)
+            self.open.pop(cookie, None)
             return None
         over = None
-        one = self._open.get(cookie)
+        one = self.open.get(cookie)
         if one is None or (one.hello is not None and not offset):
             if offset:  # its first piece was lost
                 return None
             if one is not None:  # the same socket, connected anew, and its close was lost
-                over = self._over(self._open.pop(cookie), "", None)
-            one = self._open[cookie] = _Open(s)
-            if len(self._open) > HANDSHAKES:
+                over = self._over(self.open.pop(cookie), "", None)
+            one = self.open[cookie] = _Open(s)
+            if len(self.open) > HANDSHAKES:
                 losses.add("join", "handshakes_full")
-                over = self._over(self._open.popitem(last=False)[1], "", None)
+                over = self._over(self.open.popitem(last=False)[1], "", None)
         elif one.hello is not None:
             return over
         one.identity = s.name
@@ -117,7 +117,7 @@ class Handshakes:
 
     def answer(self, s: Step | Sighting) -> Handshake | None:
         """The server's first flight."""
-        one = self._open.get(s.cookie)
+        one = self.open.get(s.cookie)
         if one is None:
             return None
         payload = s.payload
@@ -125,13 +125,13 @@ class Handshakes:
         if answer is not None:
             one.answer = answer
         elif alert := tls.fatal_alert(payload):
-            del self._open[s.cookie]
+            del self.open[s.cookie]
             return self._over(one, alert, s.time, alert)
         return None
 
     def end(self, s: Step | Sighting) -> Handshake | None:
         """What the client says to it."""
-        one = self._open.pop(s.cookie, None)
+        one = self.open.pop(s.cookie, None)
         if one is None:
             return None
         alert = tls.client_alert(s.payload)
@@ -139,7 +139,7 @@ class Handshakes:
 
     def closed(self, s: Sighting) -> Handshake | None:
         """The connection is over, and so is a handshake that was not."""
-        one = self._open.pop(s.cookie, None)
+        one = self.open.pop(s.cookie, None)
         return None if one is None else self._over(one, CLOSED, s.time)
 
     def initial(self, s: Sighting) -> Handshake | None:
@@ -163,11 +163,11 @@ class Handshakes:
 
     def expire(self, now: int) -> Iterator[Handshake]:
         """Those that are HANDSHAKE_SECONDS old. `now`: CLOCK_MONOTONIC ns."""
-        while self._open:
-            cookie, one = next(iter(self._open.items()))
+        while self.open:
+            cookie, one = next(iter(self.open.items()))
             if now - one.first.time < HANDSHAKE_SECONDS * SECOND:
                 break
-            del self._open[cookie]
+            del self.open[cookie]
             if (over := self._over(one, TIMEOUT, None)) is not None:
                 yield over
         while self._quic:

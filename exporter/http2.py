@@ -136,13 +136,13 @@ class Http2(Generic[Context]):
     """All connections. `Context` is whatever a request is to be told with."""
 
     def __init__(self) -> None:
-        self._connections: OrderedDict[int, _Connection[Context]] = OrderedDict()
+        self.connections: OrderedDict[int, _Connection[Context]] = OrderedDict()
         self._fields: dict[tuple[bytes, bytes], tuple[str, str]] = {}
         self._streams = 0
         self._swept = 0
 
     def __len__(self) -> int:
-        return len(self._connections)
+        return len(self.connections)
 
     def add(
         self,
@@ -158,11 +158,11 @@ class Http2(Generic[Context]):
         """The requests that this piece of a digest ends. `connection`: any number that tells one from another; `sent`:
         by the client; `told`: bytes of this direction's digest before this piece (modulo 2^32); `left`: bytes at its
         start that end a frame begun before; `broken`: it does not continue what was before; `time`: ns."""
-        conn = self._connections.get(connection)
+        conn = self.connections.get(connection)
         if conn is None:
             conn = self._meet(connection, MIDWAY if broken or told else "")
         elif conn.seen != time:
-            self._connections.move_to_end(connection)
+            self.connections.move_to_end(connection)
         conn.seen = time
         way = conn.sent if sent else conn.received
         if broken or told != way.told:
@@ -199,7 +199,7 @@ class Http2(Generic[Context]):
 
     def closed(self, connection: int, time: int, error: str = CLOSED) -> list[Finished[Context]]:
         """The connection has ended: its open requests."""
-        conn = self._connections.pop(connection, None)
+        conn = self.connections.pop(connection, None)
         if conn is None:
             return []
         return [self._finish(conn, stream, time, error) for stream in conn.streams.values()]
@@ -211,7 +211,7 @@ class Http2(Generic[Context]):
             return
         self._swept = now
         oldest = now - STREAM_SECONDS * SECOND
-        for conn in self._connections.values():
+        for conn in self.connections.values():
             if not conn.streams:
                 continue
             for number in [number for number, stream in conn.streams.items() if stream.seen < oldest]:
@@ -221,10 +221,10 @@ class Http2(Generic[Context]):
     # --- connections ----------------------------------------------------------------------------------------------
 
     def _meet(self, connection: int, partial: str) -> _Connection[Context]:
-        conn = self._connections[connection] = _Connection(partial)
-        if len(self._connections) > CONNECTIONS:
+        conn = self.connections[connection] = _Connection(partial)
+        if len(self.connections) > CONNECTIONS:
             losses.add("join", "h2_connections_full")
-            self._connections.popitem(last=False)
+            self.connections.popitem(last=False)
         return conn
 
     def _lose(self, conn: _Connection[Context], way: _Direction) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 from exporter import decode, events
 from exporter.decode import Message, Piece, Sighting, Step
 from exporter.events import Event, Exchange, Tls, Workload
-from exporter.exchanges import ERRORS, HEADS, OPEN, Ended, Exchanges, valid_traceparent
+from exporter.exchanges import ERRORS, HEADS, OPEN, Ended, Exchanges
 from exporter.handshakes import HANDSHAKES, QUIC_HANDSHAKES, Handshake, Handshakes
 from exporter.health import losses
 from exporter.http2 import UNFINISHED, Finished, Http2
 from exporter.lookups import HELD, QUERIES, STREAMS, Lookups
-from exporter.parse import split_authority
+from exporter.parse import has_credentials, split_authority, valid_traceparent
 
 _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
 
@@ -92,7 +92,9 @@ class Join:
         """What a peer is called, and whence the name: shown name, learned name, address. `now`: monotonic ns."""
         if identity:
             # Counters pass no redaction. The kernel takes no name with an @ from a Host; a ClientHello may have one.
-            shown = self._name_of(identity).rpartition("@")[2]
+            shown = self._name_of(identity)
+            if "@" in shown:
+                shown = shown.rpartition("@")[2]
             if shown:
                 return shown, _SOURCES.get(identity & 3, events.SNI)
         learned = self._learned(who, address, now)
@@ -186,6 +188,7 @@ class Join:
         proxy: str = "",
         exchange: Exchange | None = None,
         tls: Tls | None = None,
+        credentials: bool = False,
     ) -> Event:
         return _new(
             Event,
@@ -222,7 +225,7 @@ class Join:
                 tls,
                 False,
                 "",
-                False,
+                credentials,
             ),
         )
 
@@ -269,6 +272,7 @@ class Join:
             headers=request.headers,
             proxy=self._proxy(s, request.proxied),
             exchange=exchange,
+            credentials=kind == events.HTTP and request.credentials,
         )
 
     def open_requests(self) -> Iterator[tuple[Workload, str, str, int]]:
@@ -280,12 +284,15 @@ class Join:
             yield self._who(cgroup), method, kind, count  # the kinds are called like the schemes
 
     def _closed(self, s: Sighting) -> None:
-        """What was under way on a connection that is over."""
-        self._lookups.closed(s.cookie)
-        if (handshake := self._handshakes.closed(s)) is not None:
+        """What was under way on a connection that is over: of most connections nothing."""
+        cookie = s.cookie
+        self._lookups.closed(cookie)
+        if cookie in self._handshakes.open and (handshake := self._handshakes.closed(s)) is not None:
             self._ended.append(self._tls(handshake))
-        self._exchanges.closed(s)
-        self._finished += self._http2.closed(s.cookie, s.time, ERRORS.get(s.outcome, "connection_closed"))
+        if cookie in self._exchanges.waiting or cookie in self._exchanges.heads:
+            self._exchanges.closed(s)
+        if cookie in self._http2.connections:
+            self._finished += self._http2.closed(cookie, s.time, ERRORS.get(s.outcome, "connection_closed"))
 
     def _frames(self, s: Sighting) -> None:
         self._finished += self._http2.add(
@@ -330,6 +337,7 @@ class Join:
                 done.sequence,
                 done.partial,
             ),
+            credentials=not inside and ("@" in done.authority or has_credentials(done.headers)),
         )
 
     # --- what never got its other half ----------------------------------------------------------------------------

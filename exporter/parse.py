@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterable
 from socket import AF_INET6, inet_ntoa, inet_ntop
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from typing import NamedTuple
 ORIGIN, ABSOLUTE, AUTHORITY, ASTERISK = "origin", "absolute", "authority", "asterisk"
 
 MAX_HEADERS = 64
+_new = tuple.__new__
 _MAX_LINE_BREAKS = 4
 
 # While the version is cut off, only a method that we know tells a request from any other text.
@@ -31,6 +33,8 @@ _VERSION = re.compile(r" HTTP/1\.([0-9]) *\Z")
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*\Z", re.DOTALL)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _ABSOLUTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(?:\?([^#]*))?")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_CREDENTIALS = frozenset(("authorization", "proxy-authorization", "cookie"))
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._~!$&'()*+,;=%-]+))(?::([0-9]{0,5}))?")
 
 
@@ -42,7 +46,9 @@ class Request(NamedTuple):
     contradictory. `port` is None where it was not written (or absurd). `proxied` means that whoever gets the
     bytes is a proxy for `host`. `path` and `query` are as sent, `query` without the "?"; "*" is a path.
     `truncated`: bytes are missing before the head ends, so headers may be; `complete_line`: the request line
-    is not cut off."""
+    is not cut off. `body`: bytes of it, 0 where the head announces none, None where it does not say how many.
+    `traceparent`, `tracestate` as sent, "" unless the first is valid. `credentials`: it carries some, in a header or
+    in the target."""
 
     method: str
     form: str
@@ -55,6 +61,11 @@ class Request(NamedTuple):
     proxied: bool
     truncated: bool
     complete_line: bool
+    body: int | None
+    chunked: bool
+    traceparent: str
+    tracestate: str
+    credentials: bool
 
 
 def parse_request(data: bytes) -> Request | None:
@@ -86,28 +97,33 @@ def parse_request(data: bytes) -> Request | None:
     form, host, port, path, query = _target(method, target)
     if not form:
         return None
-    headers: tuple[tuple[str, str], ...] = ()
-    truncated = True
-    if not cut:
-        headers, truncated = _fields(data, end + 1)
+    fields = _NO_FIELDS if cut else _fields(data, end + 1)
     if form in (ORIGIN, ASTERISK):
-        host, port = _host_field(headers)
+        host, port = fields.host, fields.port
     elif not match:
         # The authority may go on where the capture ends: half a name is worse than none.
         authority_ends = form == ABSOLUTE and (path or query)
         host, port = (host, port) if authority_ends else ("", None)
-    return Request(
-        method,
-        form,
-        path,
-        query,
-        host,
-        port,
-        headers,
-        version,
-        form in (ABSOLUTE, AUTHORITY),
-        truncated,
-        match is not None,
+    return _new(
+        Request,
+        (
+            method,
+            form,
+            path,
+            query,
+            host,
+            port,
+            fields.headers,
+            version,
+            form in (ABSOLUTE, AUTHORITY),
+            fields.truncated,
+            match is not None,
+            fields.body,
+            fields.chunked,
+            fields.traceparent,
+            fields.tracestate,
+            fields.credentials or (form != ORIGIN and _user_info(form, target)),
+        ),
     )
 
 
@@ -128,6 +144,11 @@ def _target(method: str, target: str) -> tuple[str, str, int | None, str, str]:
     return ABSOLUTE, host, port, match[3], match[4] or ""
 
 
+def _user_info(form: str, target: str) -> bool:
+    authority = target.partition("://")[2] if form == ABSOLUTE else target
+    return "@" in re.split("[/?#]", authority, maxsplit=1)[0]
+
+
 def split_authority(text: str) -> tuple[str, int | None]:
     """`host`, `host:port`, `[v6]:port`, with or without user info, to (host, port); ("", None) where
     invalid."""
@@ -143,48 +164,115 @@ def split_authority(text: str) -> tuple[str, int | None]:
     return host, port
 
 
-def _host_field(headers: tuple[tuple[str, str], ...]) -> tuple[str, int | None]:
-    """Host as sent. Two that differ are a smuggling attempt (RFC 9112 section 3.2): evidence for neither."""
-    hosts = {value for name, value in headers if len(name) == 4 and name.lower() == "host"}
-    if len(hosts) != 1:
-        return "", None
-    host = hosts.pop()
-    found = _authorities.get(host)
-    if found is None:
-        if len(_authorities) >= _AUTHORITIES:
-            _authorities.clear()
-        found = split_authority(host)
-        if len(host) <= 255:
-            _authorities[host] = found
-    return found
+class _Fields(NamedTuple):
+    """The field lines of a head, and what they say, in the words of Request. `truncated`: the empty line behind them
+    is missing, so fields may be."""
+
+    headers: tuple[tuple[str, str], ...]
+    truncated: bool
+    host: str
+    port: int | None
+    body: int | None
+    chunked: bool
+    traceparent: str
+    tracestate: str
+    credentials: bool
 
 
+# By their bytes: a client sends the same fields with each request, but for those that trace it.
+_blocks: dict[bytes, _Fields] = {}
+_BLOCKS, _LONG_BLOCK = 1024, 1024
+# Lines that were read lately and are one field each, and hosts.
+_lines: dict[bytes, tuple[str, str]] = {}
+_LINES, _LONG_LINE = 4096, 128
 _authorities: dict[str, tuple[str, int | None]] = {}
 _AUTHORITIES = 1024
 
 
-# Names of header fields that were read lately and are tokens: clients use few.
-_names: set[str] = set()
-_NAMES = 1024
-
-
-def _fields(data: bytes, start: int) -> tuple[tuple[tuple[str, str], ...], bool]:
-    """The field lines from `start` to the empty line, and whether that line is missing (so fields may be)."""
+def _fields(data: bytes, start: int) -> _Fields:
+    """The field lines from `start` to the empty line."""
     end = data.find(b"\r\n\r\n", start)
     block = data[start:end]
+    known = _blocks.get(block) if end > start else None
+    if known is not None:
+        return known
     # An empty line before that one would end the head earlier: it begins with CR or LF, or needs a bare LF.
     if end <= start or block[0] in b"\r\n" or block.count(b"\n") != block.count(b"\r\n"):
-        return _fields_line_by_line(data, start)
-    lines = block.decode("utf-8", "replace").split("\r\n")
+        return _meaning(*_fields_line_by_line(data, start))
     fields = []
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if name not in _names and not (colon and _new_name(name)):
-            return _fields_line_by_line(data, start)
-        fields.append((name, value.strip(" \t")))
+    for line in block.split(b"\r\n"):
+        field = _lines.get(line) or _new_line(line)
+        if field is None:
+            return _meaning(*_fields_line_by_line(data, start))
+        fields.append(field)
     if len(fields) > MAX_HEADERS:
-        return _fields_line_by_line(data, start)
-    return tuple(fields), False
+        return _meaning(*_fields_line_by_line(data, start))
+    found = _meaning(tuple(fields), False)
+    if len(block) <= _LONG_BLOCK:
+        if len(_blocks) >= _BLOCKS:
+            _blocks.clear()
+        _blocks[block] = found
+    return found
+
+
+def _new_line(line: bytes) -> tuple[str, str] | None:
+    name, colon, value = line.decode("utf-8", "replace").partition(":")
+    if not colon or not _TOKEN.fullmatch(name):
+        return None
+    field = name, value.strip(" \t")
+    if len(line) <= _LONG_LINE:
+        if len(_lines) >= _LINES:
+            _lines.clear()
+        _lines[line] = field
+    return field
+
+
+def _meaning(headers: tuple[tuple[str, str], ...], truncated: bool) -> _Fields:
+    hosts: set[str] = set()
+    body: int | None = None if truncated else 0
+    states: list[str] = []
+    parent: str | None = None
+    sized = chunked = credentials = False
+    for name, value in headers:
+        name = name.lower()
+        if name == "host":
+            hosts.add(value)
+        elif name == "content-length" and not sized:
+            sized, body = True, int(value) if value.isdecimal() and len(value) < 16 else None
+        elif name == "transfer-encoding" and not sized:
+            sized, body, chunked = True, None, not truncated
+        elif name == "traceparent" and parent is None:
+            parent = valid_traceparent(value)
+        elif name == "tracestate":
+            states.append(value)
+        elif name in _CREDENTIALS:
+            credentials = True
+    credentials = credentials or any("@" in host for host in hosts)
+    # Two that differ are a smuggling attempt (RFC 9112 section 3.2): evidence for neither.
+    host, port = _authority(hosts.pop()) if len(hosts) == 1 else ("", None)
+    state = ",".join(states) if parent else ""  # a list header (RFC 9110 section 5.3)
+    return _Fields(headers, truncated, host, port, body, chunked, parent or "", state, credentials)
+
+
+def _authority(text: str) -> tuple[str, int | None]:
+    found = _authorities.get(text)
+    if found is None:
+        found = split_authority(text)
+        if len(text) <= 255:
+            if len(_authorities) >= _AUTHORITIES:
+                _authorities.clear()
+            _authorities[text] = found
+    return found
+
+
+def valid_traceparent(value: str) -> str:
+    """The part that version 00 knows (W3C Trace Context section 3.2); "" where it is not valid."""
+    return value[:55] if _TRACEPARENT.match(value) and (len(value) == 55 or value[:2] != "00") else ""
+
+
+def has_credentials(headers: Iterable[tuple[str, str]]) -> bool:
+    """Whether one of these fields carries credentials, by its name."""
+    return any(name.lower() in _CREDENTIALS for name, _ in headers)
 
 
 def _fields_line_by_line(data: bytes, start: int) -> tuple[tuple[tuple[str, str], ...], bool]:
@@ -211,14 +299,7 @@ def _fields_line_by_line(data: bytes, start: int) -> tuple[tuple[tuple[str, str]
             fields.append((match[1], match[2]))
 
 
-def _new_name(name: str) -> bool:
-    if not _TOKEN.fullmatch(name):
-        return False
-    if len(_names) >= _NAMES:
-        _names.clear()
-    if len(name) <= 64:
-        _names.add(name)
-    return True
+_NO_FIELDS = _meaning((), True)
 
 
 class Response(NamedTuple):
@@ -251,18 +332,21 @@ def parse_response(data: bytes) -> Response | None:
         if end < 0:
             end, size = len(data), None
     head = data[:end].lower()
-    lengths = set(_LENGTH.findall(head)) if b"\ncontent-length:" in head else ()
+    lengths = _LENGTH.findall(head)
     at = head.find(b"\ntransfer-encoding:")
     chunked = at >= 0 and b"chunked" in head[at : (head.find(b"\n", at + 1) + 1) or end]
     at = head.find(b"\ngrpc-status:")
     code = head[at + 13 : at + 20].split(b"\n", 1)[0].strip() if at >= 0 else b""
-    return Response(
-        "1." + chr(match[1][0]),
-        int(match[2]),
-        size,
-        int(next(iter(lengths))) if len(lengths) == 1 else None,
-        chunked,
-        int(code) if code.isdigit() else None,
+    return _new(
+        Response,
+        (
+            "1." + chr(match[1][0]),
+            int(match[2]),
+            size,
+            int(lengths[0]) if lengths and (len(lengths) == 1 or len(set(lengths)) == 1) else None,
+            chunked,
+            int(code) if code.isdigit() else None,
+        ),
     )
 
 
@@ -343,7 +427,6 @@ class DnsMessage(NamedTuple):
     records and of the hints in HTTPS and SVCB. `truncated`: TC is set, or the capture ends
     before the answers do."""
 
-    id: int
     is_response: bool
     rcode: str
     qname: str
@@ -358,9 +441,11 @@ class _Bad(Exception):
 
 
 _CACHED = 4096
+_MESSAGES = 2048
+_LONG = 512  # bytes of a message that is not kept
+_messages: dict[bytes, DnsMessage] = {}  # by all their bytes but the id: hosts ask for the same names over and over
 _asked: dict[bytes, str] = {}  # names as they stand in questions -> as text
 _addresses: dict[bytes, str] = {}
-_new = tuple.__new__
 
 
 def parse_dns(data: bytes) -> DnsMessage | None:
@@ -368,14 +453,25 @@ def parse_dns(data: bytes) -> DnsMessage | None:
 
     Only opcode QUERY with one question, as every resolver sends. Answers that cannot be read end the list and
     set `truncated`; a question that cannot be read makes it None."""
+    written = data[2:]
+    known = _messages.get(written)
+    if known is None:
+        known = _read_dns(data)
+        if known is not None and len(data) <= _LONG:
+            if len(_messages) >= _MESSAGES:
+                _messages.clear()
+            _messages[written] = known
+    return known
+
+
+def _read_dns(data: bytes) -> DnsMessage | None:
     if len(data) < 17:
         return None
-    ident, flags, questions, count, authorities, additional = _HEADER_FORMAT.unpack_from(data)
+    _, flags, questions, count, authorities, additional = _HEADER_FORMAT.unpack_from(data)
     if questions != 1 or flags & 0x7800:
         return None
     try:
-        # A host asks for the same names over and over: the bytes up to the first zero are the name, unless a label
-        # holds a zero, and then they are not kept.
+        # The bytes up to the first zero are the name, unless a label holds a zero, and then they are not kept.
         at = data.find(b"\0", 12) + 1
         written = data[12:at]
         known = _asked.get(written)
@@ -406,7 +502,6 @@ def parse_dns(data: bytes) -> DnsMessage | None:
     return _new(
         DnsMessage,
         (
-            ident,
             response,
             ("" if not response else RCODES[code] if code < len(RCODES) else f"RCODE{code}"),
             qname,

@@ -13,8 +13,9 @@ server can tell which it was. `ech` is therefore "offered", in either sense."""
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 VERSIONS = {0x0304: "1.3", 0x0303: "1.2", 0x0302: "1.1", 0x0301: "1.0", 0x0300: "ssl3"}
 
@@ -113,10 +114,12 @@ _GREASE = frozenset(0x0A0A + 0x1010 * n for n in range(16))
 _NOTHING = "000000000000"
 _PROTOCOLS = 32  # ALPN names kept
 _CACHED = 1024
+_MASKS = 8  # tried for one message
 
 _two = struct.Struct("!HH").unpack_from
 _short = struct.Struct("!H").unpack_from
 _new = tuple.__new__
+_T = TypeVar("_T")
 
 
 class ClientHello(NamedTuple):
@@ -159,35 +162,113 @@ class _Shape(NamedTuple):
 _shapes: dict[tuple[object, ...], _Shape] = {}
 
 
+class _Memo(Generic[_T]):
+    """What messages say that were read lately, by their bytes without those in which even alike ones differ: randoms,
+    keys, tickets, names. Those are hidden by a mask. Where the bytes that a mask shows are those of a message that was
+    read, so are all types and lengths in it, and what is hidden lies at the same places in both."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], list[tuple[int, dict[int, _T]]]] = {}
+        self._size = 0
+
+    def find(self, key: tuple[int, int], number: int) -> _T | None:
+        """`key`: what messages of one mask have in common; `number`: all bytes of the message, the first the lowest."""
+        for mask, messages in self._known.get(key, ()):
+            if (found := messages.get(number & mask)) is not None:
+                return found
+        return None
+
+    def keep(self, key: tuple[int, int], number: int, shown: Iterable[tuple[int, int]], found: _T) -> None:
+        """`shown`: the parts of the message that were looked at, from one offset up to another."""
+        if self._size >= _CACHED:
+            self._known.clear()
+            self._size = 0
+        mask = 0
+        for start, end in shown:
+            mask |= (1 << 8 * end) - (1 << 8 * start)
+        known = self._known.setdefault(key, [])
+        messages = next((messages for other, messages in known if other == mask), None)
+        if messages is None:
+            messages = {}
+            if len(known) >= _MASKS:
+                self._size -= len(known.pop(0)[1])
+            known.append((mask, messages))
+        self._size += number & mask not in messages
+        messages[number & mask] = found
+
+
+# A client's hello, and where in it the name is; the server's.
+_hellos: _Memo[tuple[ClientHello, int, int]] = _Memo()
+_answers: _Memo[ServerHello] = _Memo()
+
+
 def parse_client_hello(data: bytes, quic: bool = False, kept: int = 0xFFFF) -> ClientHello | None:
     """Read the ClientHello at the start of `data`: TLS records or, with `quic`, the bare handshake message. Of its key
     share `kept` bytes are there."""
-    message = data if quic else _handshake(data)
+    if quic or len(data) < 44:
+        seen = _read_client_hello(data if quic else _handshake(data), quic, kept)
+        return None if seen is None else seen[0]
+    key, number = (len(data), kept), int.from_bytes(data, "little")
+    found = _hellos.find(key, number)
+    if found is None:
+        message = _handshake(data)
+        seen = _read_client_hello(message, quic, kept)
+        if seen is None:
+            return None
+        hello, start, end, shown = seen
+        if hello.whole and len(message) + 5 == len(data):  # in one record, and nothing else in that
+            parts = [(0, 5), *((first + 5, last + 5) for first, last in shown)]
+            _hellos.keep(key, number, parts, (hello, start + 5, end + 5))
+        return hello
+    (_, offered, alpn, ja4, post_quantum, ech, resumption, _, whole), start, end = found
+    return _new(
+        ClientHello,
+        (
+            _host_name(data[start:end]),
+            offered,
+            alpn,
+            ja4,
+            post_quantum,
+            ech,
+            resumption,
+            data[44 : 44 + data[43]],
+            whole,
+        ),
+    )
+
+
+def _read_client_hello(
+    message: bytes, quic: bool, kept: int
+) -> tuple[ClientHello, int, int, list[tuple[int, int]]] | None:
+    """The hello, from where to where its name goes, and the parts of the message that were looked at."""
     if len(message) < 39 or message[0] != _CLIENT_HELLO:
         return None
     # handshake type 1, length 3, version 2, random 32, then session id, cipher suites, compression, extensions
     end = 4 + (message[1] << 16 | message[2] << 8 | message[3])
     session = message[39 : 39 + message[38]]
     at = 39 + len(session)
+    shown = [(0, 6), (38, 39)]
     (legacy,) = _short(message, 4)
     try:
         (size,) = _short(message, at)
         ciphers = message[at + 2 : at + 2 + size]
-        at += 2 + size
+        start, at = at, at + 2 + size
         at += 1 + message[at]
     except (struct.error, IndexError):
-        return _new(ClientHello, ("", "", (), "", False, False, False, session, False))
+        return _new(ClientHello, ("", "", (), "", False, False, False, session, False)), 0, 0, shown
 
     types: list[int] = []
-    name = ""
+    name_start = name_end = 0
     versions = protocols = signatures = b""
     post_quantum = ech = resumption = False
     if at + 2 <= end:
         at += 2  # the length of all extensions: the message's end says the same
+    shown.append((start, at))
     size_of_all = len(message)
     while at + 4 <= end and at + 4 <= size_of_all:
         kind, size = _two(message, at)
         types.append(kind)
+        shown.append((at, at + 4))
         at += 4
         if kind in _READ:
             if size > kept and kind == _KEY_SHARE:
@@ -195,14 +276,21 @@ def parse_client_hello(data: bytes, quic: bool = False, kept: int = 0xFFFF) -> C
                 size = kept
             body = message[at : at + size]
             if kind == _SERVER_NAME:
-                name = _server_name(body)
+                shown.append((at, at + 5))
+                length = _name_length(body)
+                name_start, name_end = at + 5, at + 5 + length
             elif kind == _SUPPORTED_VERSIONS:
+                shown.append((at, at + size))
                 versions = body[1:]
             elif kind == _KEY_SHARE:
-                post_quantum = _offers_post_quantum(body)
+                groups = _offered_groups(body)
+                shown += [(at + place, at + place + 4) for place, _ in groups]
+                post_quantum = any(group in POST_QUANTUM for _, group in groups)
             elif kind == _ALPN:
+                shown.append((at, at + size))
                 protocols = body[2:]
             elif kind == _SIGNATURE_ALGORITHMS:
+                shown.append((at, at + size))
                 signatures = body[2:]
             elif kind == _SESSION_TICKET:
                 resumption = resumption or size > 0
@@ -219,33 +307,51 @@ def parse_client_hello(data: bytes, quic: bool = False, kept: int = 0xFFFF) -> C
             _shapes.clear()
         shape = _shapes[key] = _shape(quic, legacy, ciphers, types, versions, protocols, signatures)
     ja4, offered = (shape.ja4, shape.offered) if whole else ("", shape.offered if versions else "")
-    return _new(ClientHello, (name, offered, shape.alpn, ja4, post_quantum, ech, resumption, session, whole))
+    name = _host_name(message[name_start:name_end])
+    hello = _new(ClientHello, (name, offered, shape.alpn, ja4, post_quantum, ech, resumption, session, whole))
+    return hello, name_start, name_end, shown
 
 
 def parse_server_hello(data: bytes) -> ServerHello | None:
     """Read the ServerHello at the start of `data`, TLS records, behind a warning if there is one (unrecognized_name);
     None where they begin otherwise."""
+    if len(data) < 44:
+        return None
+    end = 9 + (data[7] << 8 | data[8])  # if it is one: nearly all are in a record with nothing before
+    key, number = (end, data[43]), int.from_bytes(data[:end], "little")
+    found = _answers.find(key, number)
+    if found is not None and end <= len(data) and data[11:43] != _RETRY:
+        version, group, retry, psk, _ = found
+        return _new(ServerHello, (version, group, retry, psk, data[44 : 44 + data[43]]))
     message = _handshake(data[7:] if data[:1] == b"\x15" and data[3:6] == b"\0\2\1" else data)
     if len(message) < 39 or message[0] != _SERVER_HELLO:
         return None
-    end = 4 + (message[1] << 16 | message[2] << 8 | message[3])
+    size = 4 + (message[1] << 16 | message[2] << 8 | message[3])
     retry = message[6:38] == _RETRY
     session = message[39 : 39 + message[38]]
-    (number,) = _short(message, 4)
+    (version_number,) = _short(message, 4)
     at = 39 + message[38] + 3 + 2  # cipher suite, compression, and the length of all extensions
-    limit = min(end, len(message))
-    group, psk, certain = "", False, end <= len(message)
+    shown = [(0, 11), (43, 44)]
+    limit = min(size, len(message))
+    group, psk, certain = "", False, size <= len(message)
     while at + 4 <= limit:
-        kind, size = _two(message, at)
-        body = message[at + 4 : at + 4 + size]
-        at += 4 + size
-        if kind == _SUPPORTED_VERSIONS and len(body) == 2:
-            number, certain = _short(body)[0], True
+        kind, length = _two(message, at)
+        shown.append((at + 5, at + 9))
+        body = message[at + 4 : at + 4 + length]
+        at += 4 + length
+        if kind == _SUPPORTED_VERSIONS and length == len(body) == 2:
+            shown.append((at + 3, at + 5))
+            version_number, certain = _short(body)[0], True
         elif kind == _KEY_SHARE and len(body) >= 2:
+            shown.append((at + 5 - length, at + 7 - length))
             group = _group(_short(body)[0])
         elif kind == _PRE_SHARED_KEY:
             psk = True
-    return _new(ServerHello, (VERSIONS.get(number, "") if certain else "", group, retry, psk, session))
+    hello = _new(ServerHello, (VERSIONS.get(version_number, "") if certain else "", group, retry, psk, session))
+    plain = data[:1] == b"\x16" and size + 5 == end <= len(data) and message[:size] == data[5:end]
+    if plain and certain and not retry and 44 + len(session) <= end and len(session) == data[43]:
+        _answers.keep(key, number, shown, hello)
+    return hello
 
 
 def fatal_alert(data: bytes) -> str:
@@ -288,26 +394,29 @@ def _handshake(data: bytes) -> bytes:
     return b"".join(parts)
 
 
-def _server_name(body: bytes) -> str:
-    """The first name, if it is a host's (type 0). A name with bytes beyond ASCII is shown escaped."""
+def _name_length(body: bytes) -> int:
+    """Of the first name in server_name, if it is a host's (type 0); 0 where there is none, or half a one."""
     if len(body) < 5 or body[2]:
-        return ""
-    end = 5 + (body[3] << 8 | body[4])
-    if end > len(body):  # half a name is worse than none
-        return ""
-    name = body[5:end].decode("ascii", "backslashreplace").lower()
+        return 0
+    length = body[3] << 8 | body[4]
+    return length if 5 + length <= len(body) else 0
+
+
+def _host_name(written: bytes) -> str:
+    """A name with bytes beyond ASCII is shown escaped."""
+    name = written.decode("ascii", "backslashreplace").lower()
     return name[:-1] if name.endswith(".") else name
 
 
-def _offers_post_quantum(body: bytes) -> bool:
-    """Is one of the key shares, whose bytes are in `body` or were to be, of a group in POST_QUANTUM?"""
+def _offered_groups(body: bytes) -> list[tuple[int, int]]:
+    """Of the key shares whose bytes are in `body`, or were to be: where each begins, and its group."""
+    groups: list[tuple[int, int]] = []
     at = 2
     while at + 4 <= len(body):
         group, size = _two(body, at)
-        if group in POST_QUANTUM:
-            return True
+        groups.append((at, group))
         at += 4 + size
-    return False
+    return groups
 
 
 def _group(number: int) -> str:

@@ -1,8 +1,7 @@
 """Hygiene: what is worth a look although it works. Events and deltas of counters in, totals by workload out.
 
-Comes in: events before redaction, since credentials are seen here (never kept: all that leaves is that there were
-some), and deltas of the kernel's counters. Goes out: metrics under `ebfw.hygiene.`, and one mark on an event. Not its
-job: names and units (semconv.py), series (metrics.py).
+Comes in: events, and deltas of the kernel's counters. Goes out: metrics under `ebfw.hygiene.`. Not its job: names and
+units (semconv.py), series (metrics.py), seeing that a request carries credentials (parse).
 
     cleartext_credentials  a plaintext request carried Authorization, Cookie or user info
     obsolete_tls           a handshake agreed on less than TLS 1.2 (RFC 8996)
@@ -18,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,8 @@ PORTS_TOLD = 0.8  # of the range, in use towards one destination: a warning in t
 _OPEN = 65_536
 _CONNECTIONS = 8_192
 
-_CREDENTIALS = frozenset(("authorization", "proxy-authorization", "cookie"))
-_OBSOLETE = frozenset(("1.1", "1.0", "ssl 3.0", "ssl 2.0", "3.0", "2.0"))
+_OBSOLETE = frozenset(("1.1", "1.0", "ssl3"))
 _POST_QUANTUM = ("MLKEM", "KYBER")
-_AT = Event._fields.index("credentials")
-_new = tuple.__new__
 
 # What is counted, by number: a tuple of names would be hashed for each event.
 _COUNTERS = (
@@ -67,65 +64,45 @@ class Hygiene:
 
     # --- events ---------------------------------------------------------------------------------------------------
 
-    def observe(self, events: Iterable[Event]) -> list[Event]:
-        """Count; the same events, those with credentials in the clear marked."""
-        return [self._one(event) for event in events]
+    def observe(self, events: Iterable[Event]) -> None:
+        """Count."""
+        for event in events:
+            if event.role == SERVER:
+                continue
+            kind, workload = event.kind, event.workload
+            if kind == CLOSE:
+                self._closed.append((event.cookie, workload))
+                continue
+            known = self._counts.get(workload.cgroup_id)
+            if known is None:
+                known = self._counts[workload.cgroup_id] = (workload, [0] * len(_COUNTERS))
+            counts = known[1]
+            if kind == DNS:
+                counts[_SEARCH] += 1
+                counts[_SEARCH + 1] += event.search_expansion
+                counts[_DNS_TIME] += event.duration or 0
+            elif kind == CONNECT:
+                if event.status == OK:
+                    counts[_CONNECT_TIME] += event.duration or 0
+            elif kind == TLS:
+                counts[_TLS_TIME] += event.duration or 0
+                if event.tls is not None:
+                    for index in _found(event.tls.version, event.tls.group):
+                        counts[index] += 1
+            elif kind in (HTTP, HTTPS):
+                counts[_REQUEST_TIME] += event.duration or 0
+                if event.cookie and event.port:  # else only its TLS library is known, and not its connection's end
+                    self._carry(event)
+                if kind == HTTP:
+                    counts[_CLEARTEXT] += 1
+                    counts[_CLEARTEXT + 1] += event.credentials
 
-    def _one(self, event: Event) -> Event:
-        if event.role == SERVER:
-            return event
-        kind = event.kind
-        if kind == CONNECT:
-            if event.status == OK and event.duration is not None:
-                self._of(event.workload)[_CONNECT_TIME] += event.duration
-        elif kind == DNS:
-            counts = self._of(event.workload)
-            counts[_SEARCH] += 1
-            counts[_SEARCH + 1] += event.search_expansion
-            counts[_DNS_TIME] += event.duration or 0
-        elif kind == CLOSE:
-            self._closed.append((event.cookie, event.workload))
-        elif kind == TLS:
-            self._handshake(event)
-        elif kind in (HTTP, HTTPS):
-            return self._request(event)
-        return event
-
-    def _of(self, workload: Workload) -> list[int]:
-        known = self._counts.get(workload.cgroup_id)
-        if known is None:
-            known = self._counts[workload.cgroup_id] = (workload, [0] * len(_COUNTERS))
-        return known[1]
-
-    def _handshake(self, event: Event) -> None:
-        counts, tls = self._of(event.workload), event.tls
-        counts[_TLS_TIME] += event.duration or 0
-        if tls is None:
-            return
-        version = tls.version.lower()
-        if version:
-            counts[_OBSOLETE_TLS] += 1
-            counts[_OBSOLETE_TLS + 1] += version in _OBSOLETE
-        # TLS 1.2 and older have no such key exchange; of 1.3 the server's answer says which was taken.
-        if tls.group or version not in ("", "1.3"):
-            counts[_NO_POST_QUANTUM] += 1
-            counts[_NO_POST_QUANTUM + 1] += not any(word in tls.group.upper() for word in _POST_QUANTUM)
-
-    def _request(self, event: Event) -> Event:
-        counts, cookie, exchange = self._of(event.workload), event.cookie, event.exchange
-        if cookie and event.port:  # else it is known by its TLS library alone, and its end is not
-            carried = self._carried.get(cookie, 0) + 1
-            self._carried[cookie] = max(carried, exchange.sequence) if exchange is not None else carried
-            if len(self._carried) > _CONNECTIONS:
-                self._carried.popitem(last=False)
-        counts[_REQUEST_TIME] += event.duration or 0
-        if event.kind == HTTPS:
-            return event
-        counts[_CLEARTEXT] += 1
-        if not _credentials(event):
-            return event
-        counts[_CLEARTEXT + 1] += 1
-        return _new(Event, (*event[:_AT], True, *event[_AT + 1 :]))
+    def _carry(self, event: Event) -> None:
+        cookie, exchange = event.cookie, event.exchange
+        carried = self._carried.get(cookie, 0) + 1
+        self._carried[cookie] = carried if exchange is None else max(carried, exchange.sequence)
+        if len(self._carried) > _CONNECTIONS:
+            self._carried.popitem(last=False)
 
     def settle(self) -> None:
         """Count what closed: call it when all events of a reading of the ring are in. A request is told once it is
@@ -133,7 +110,7 @@ class Hygiene:
         closed, self._closed = self._closed, []
         for cookie, workload in closed:
             if carried := self._carried.pop(cookie, 0):
-                counts = self._of(workload)
+                counts = self._counts.setdefault(workload.cgroup_id, (workload, [0] * len(_COUNTERS)))[1]
                 counts[_CONNECTIONS_CLOSED] += 1
                 counts[_REQUESTS] += carried
 
@@ -177,15 +154,20 @@ class Hygiene:
         self._told = {key for key, _, _ in full}
 
 
-def _credentials(event: Event) -> bool:
-    """Authorization, Cookie or user info. The latter stands before the first slash of a target or behind `//`."""
-    for name, _ in event.headers:
-        if name.lower() in _CREDENTIALS:
-            return True
-    if "@" in event.domain:
-        return True
-    authority = event.path.partition("://")[2] or ("" if event.path.startswith("/") else event.path)
-    return "@" in authority.partition("/")[0].partition("?")[0]
+@lru_cache(256)
+def _found(version: str, group: str) -> tuple[int, ...]:
+    """Which counters a handshake moves that ended so."""
+    found = []
+    if version:
+        found.append(_OBSOLETE_TLS)
+        if version in _OBSOLETE:
+            found.append(_OBSOLETE_TLS + 1)
+    # TLS 1.2 and older have no such key exchange; of 1.3 the server's answer says which was taken.
+    if group or version not in ("", "1.3"):
+        found.append(_NO_POST_QUANTUM)
+        if not any(word in group.upper() for word in _POST_QUANTUM):
+            found.append(_NO_POST_QUANTUM + 1)
+    return tuple(found)
 
 
 def _ports(path: Path) -> int:

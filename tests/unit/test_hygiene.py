@@ -21,6 +21,7 @@ from exporter.emit.metrics import Metrics
 from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
 from exporter.events import Counts, Event, Exchange, Flow, Tls, Workload
+from exporter.parse import parse_request
 
 SHOP = Workload(7, "/system.slice/shop.service", "unit", "shop.service", unit="shop.service")
 
@@ -36,7 +37,8 @@ class World:
             kind, 10**18, SHOP, 42, "curl", "tcp", "client", "192.0.2.9", 40000, "192.0.2.1", 80,
             "internet", "example.com", "host", "", cookie=5,
         )  # fmt: skip
-        (seen,) = self.hygiene.observe([made._replace(**changes)])
+        seen = made._replace(**changes)
+        self.hygiene.observe([seen])
         return seen
 
     def close(self, cookie: int) -> None:
@@ -67,23 +69,26 @@ def world(tmp_path: Path) -> World:
 
 
 @pytest.mark.parametrize(
-    ("changes", "found"),
+    ("head", "found"),
     [
-        ({"headers": (("Authorization", "Bearer CANARY"),)}, True),
-        ({"headers": (("accept", "*/*"), ("cookie", "id=CANARY"))}, True),
-        ({"headers": (("PROXY-AUTHORIZATION", "Basic CANARY"),)}, True),
-        ({"path": "http://user:CANARY@example.com/a"}, True),
-        ({"path": "CANARY@example.com:443", "method": "CONNECT"}, True),
-        ({"domain": "CANARY@example.com"}, True),
-        ({"headers": (("X-Api", "a"),), "path": "/a@b?c=d@e"}, False),
-        ({"path": "http://example.com/a@b"}, False),
-        ({"path": "http://example.com?next=a@b"}, False),
-        ({}, False),
+        ("GET / HTTP/1.1\nAuthorization: Bearer CANARY", True),
+        ("GET / HTTP/1.1\naccept: */*\ncookie: id=CANARY", True),
+        ("GET / HTTP/1.1\nPROXY-AUTHORIZATION: Basic CANARY", True),
+        ("GET http://user:CANARY@example.com/a HTTP/1.1", True),
+        ("CONNECT CANARY@example.com:443 HTTP/1.1", True),
+        ("GET / HTTP/1.1\nHost: CANARY@example.com", True),
+        ("GET /a@b?c=d@e HTTP/1.1\nX-Api: a", False),
+        ("GET http://example.com/a@b HTTP/1.1", False),
+        ("GET http://example.com?next=a@b HTTP/1.1", False),
+        ("GET / HTTP/1.1\nHost: example.com", False),
     ],
 )
-def test_d22_credentials_in_the_clear(world: World, changes: dict[str, Any], found: bool) -> None:
-    event = world.see("http", **({"method": "GET", "path": "/"} | changes))
-    assert event.credentials is found
+@pytest.mark.parametrize("ending", ["\r\n", "\n"])
+def test_d22_credentials_in_the_clear(world: World, head: str, found: bool, ending: str) -> None:
+    request = parse_request((head.replace("\n", ending) + 2 * ending).encode())
+    assert request is not None
+    assert request.credentials is found
+    event = world.see("http", method="GET", path=request.path, headers=request.headers, credentials=found)
     assert world.finding("cleartext_credentials") == (int(found), 1)
     told = redact(event, Options())
     note = Notable("all").of(told)
@@ -96,15 +101,13 @@ def test_d22_credentials_in_the_clear(world: World, changes: dict[str, Any], fou
     assert "CANARY" not in text + line + repr(attributes)
 
 
-def test_d22_credentials_inside_tls_are_none_of_it(world: World) -> None:
-    event = world.see("https", headers=(("Authorization", "x"),))
-    assert not event.credentials
+def test_d22_what_is_inside_tls_is_no_cleartext(world: World) -> None:
+    world.see("https")
     assert world.finding("cleartext_credentials") == (0, 0)
 
 
 def test_d22_an_accepted_connection_is_not_looked_at(world: World) -> None:
-    event = world.see("http", role="server", headers=(("Authorization", "x"),))
-    assert not event.credentials
+    world.see("http", role="server", credentials=True)
     assert world.read(c.CHECKED) == {}
 
 
@@ -209,7 +212,7 @@ def test_d22_everything_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "_OPEN", 100)
     for n in range(300):
         workload = SHOP._replace(cgroup_id=n, name=f"w{n}.service", unit=f"w{n}.service")
-        world.see("http", workload=workload, cookie=n + 1, headers=(("Cookie", "x"),))
+        world.see("http", workload=workload, cookie=n + 1, credentials=True)
         world.hygiene.add(flow(workload=workload), Counts(opened=200))
     found = world.read(c.FINDINGS)
     assert len(found) == 300

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter import tls
@@ -377,3 +377,68 @@ def test_a_hello_with_one_wrong_byte(at: int, byte: int, cut: int) -> None:
     data = _BASE[:at] + bytes((byte,)) + _BASE[at + 1 :]
     tls.parse_client_hello(data[:cut] if cut else data)
     tls.parse_client_hello(data[5:], quic=True)
+
+
+# --- what is remembered of a message is what is read in it ------------------------------------------------------------
+
+_HELLOS = (
+    _BASE,
+    hello(versions(0x0304), key_share((0x1D, 32), (0x11EC, 20)), extension(21, bytes(9)), server_name("name.last")),
+    hello(server_name("a.b"), extension(35, b"ticket"), extension(0xFE0D, bytes(12)), extension(41, bytes(20))),
+    record(message(server_name("with.a.session"), versions(0x0304), session=b"s" * 32)),
+)
+_ANSWERS = (
+    answer(extension(51, u16s(0x1D) + vector(bytes(32))), extension(43, u16s(0x0304)), session=b"s" * 32),
+    answer(extension(43, u16s(0x0304)), extension(51, u16s(0x1D) + vector(bytes(32))), extension(41, u16s(0))),
+    answer(extension(0xFF01, b"\0")) + record(b"more"),
+)
+
+
+def _changed(data: bytes, changes: list[tuple[int, int]]) -> bytes:
+    changed = bytearray(data)
+    for at, byte in changes:
+        changed[at % len(data)] = byte
+    return bytes(changed)
+
+
+@settings(max_examples=500)
+@given(st.sampled_from(_HELLOS), st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), max_size=3))
+def test_a_hello_like_one_before_is_read_alike(base: bytes, changes: list[tuple[int, int]]) -> None:
+    data = _changed(base, changes)
+    tls._hellos = tls._Memo()
+    alone = tls.parse_client_hello(data)
+    tls._hellos = tls._Memo()
+    tls.parse_client_hello(base)
+    assert tls.parse_client_hello(data) == alone
+    assert tls.parse_client_hello(data) == alone
+
+
+@settings(max_examples=500)
+@given(st.sampled_from(_ANSWERS), st.lists(st.tuples(st.integers(0, 150), st.integers(0, 255)), max_size=3))
+def test_an_answer_like_one_before_is_read_alike(base: bytes, changes: list[tuple[int, int]]) -> None:
+    data = _changed(base, changes)
+    tls._answers = tls._Memo()
+    alone = tls.parse_server_hello(data)
+    tls._answers = tls._Memo()
+    tls.parse_server_hello(base)
+    assert tls.parse_server_hello(data) == alone
+    assert tls.parse_server_hello(data) == alone
+
+
+def test_what_is_remembered_is_found_whatever_its_random_key_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tls.parse_client_hello(_HELLOS[1])
+    monkeypatch.setattr(tls, "_read_client_hello", None)  # who reads it again, fails
+    data = bytearray(_HELLOS[1].replace(b"name.last", b"Last.Name"))
+    data[11:43] = b"r" * 32
+    share = data.index(u16s(0x1D, 32)) + 4
+    data[share : share + 32] = b"k" * 32
+    assert first is not None
+    assert tls.parse_client_hello(bytes(data)) == first._replace(server_name="last.name")
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    memo: tls._Memo[int] = tls._Memo()
+    for number in range(5 * tls._CACHED):
+        memo.keep((number % 5, 0), number, [(0, 1 + number % 50)], number)
+    assert sum(len(messages) for known in memo._known.values() for _, messages in known) <= tls._CACHED
+    assert all(len(known) <= tls._MASKS for known in memo._known.values())
