@@ -102,6 +102,18 @@ class Step(NamedTuple):
     payload: bytes
 
 
+class Arrival(NamedTuple):
+    """More of a response, on a connection whose request says who and where."""
+
+    kind: int  # RESPONSE | RECEIVED
+    time: int
+    cookie: int
+    flags: int
+    tx_bytes: int
+    rx_bytes: int
+    payload: bytes
+
+
 _addresses: dict[bytes, str] = {}
 _comms: dict[bytes, str] = {}
 _TRANSPORTS = {6: "tcp", 17: "udp"}
@@ -110,6 +122,9 @@ _unpack, _size = wire.RECORD.unpack_from, wire.RECORD.size
 _KIND, _LENGTH, _QNAME = wire.Record.kind.offset, wire.Record.length.offset, _size + 12
 _TRANSPORT, _FLAGS, _OFFSET = wire.Record.transport.offset, wire.Record.flags.offset, wire.Record.offset.offset
 _TCP = 6
+_ARRIVAL = struct.Struct(
+    f"<Q8xQ{_FLAGS - 24}xB{wire.Record.tx_bytes.offset - _FLAGS - 1}xQQ"
+).unpack_from  # time, cookie, flags, tx_bytes, rx_bytes
 _TIME_AND_COOKIE, _U16 = struct.Struct("<Q8xQ").unpack_from, struct.Struct("<H").unpack_from
 _new = tuple.__new__
 
@@ -139,14 +154,16 @@ def _comm(raw: bytes) -> str:
     return text
 
 
-def decode(data: bytes) -> Sighting | Message | Piece | Step | None:
-    """Read one record. What is too short or of no known kind is counted and None."""
+def decode(data: bytes) -> Sighting | Message | Piece | Step | Arrival | None:
+    """Read one record, no further than need be. What is too short or of no known kind is counted and None."""
     if len(data) < _size:
         losses.add("decode", "short")
         return None
     kind = data[_KIND]
     if kind in (QUERY, ANSWER):
         return _message(data, kind) if data[_TRANSPORT] != _TCP else _piece(data, kind)
+    if kind in (RESPONSE, RECEIVED):
+        return _new(Arrival, (kind, *_ARRIVAL(data), payload(data)))
     if kind in (SERVER_HELLO, HANDSHAKE_END):
         time, cookie = _TIME_AND_COOKIE(data)
         return _new(Step, (kind, time, cookie, payload(data)))

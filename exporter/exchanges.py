@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from exporter import decode, events
-from exporter.decode import Sighting
+from exporter.decode import Arrival, Sighting
 from exporter.events import SECOND, Exchange
 from exporter.health import losses
 from exporter.parse import Request, Response, parse_request, parse_response
@@ -30,6 +30,7 @@ PIPELINED = 64  # requests on one connection that wait
 
 # What a failed connection is called in error.type.
 ERRORS = {"reset": "connection_reset", "timed_out": "timed_out", "ok": "connection_closed"}
+_new = tuple.__new__
 
 
 class Ended(NamedTuple):
@@ -160,7 +161,7 @@ class Exchanges:
 
     # --- responses ------------------------------------------------------------------------------------------------
 
-    def response(self, s: Sighting) -> None:
+    def response(self, s: Arrival) -> None:
         """The first bytes of a response, or what comes where one was expected."""
         waiting = self.waiting.get(s.cookie)
         if not waiting:
@@ -198,7 +199,7 @@ class Exchanges:
             self._more(s.cookie, one, size, s.time, last)
             return
 
-    def received(self, s: Sighting) -> None:
+    def received(self, s: Arrival) -> None:
         """How far a response has come."""
         waiting = self.waiting.get(s.cookie)
         if waiting and waiting[0].response is not None:
@@ -235,42 +236,35 @@ class Exchanges:
         if self._coming.get(cookie) is one:
             del self._coming[cookie]
         first, request, response = one.first, one.request, one.response
-        scheme = "https" if one.kind == events.HTTPS else "http"
-        sent, parent, state, port = request.body, request.traceparent, request.tracestate, request.port or 0
+        sent = request.body
         if request.chunked and response is not None:  # with its framing
             sent = max(0, one.sent - one.size)
         if response is None:
-            exchange = Exchange(
-                request.version or "1.1",
-                scheme,
-                error=error,
-                request_size=sent,
-                traceparent=parent,
-                sequence=first.sequence,
-                partial=partial,
-                tracestate=state,
-                server_port=port,
-            )
+            version, status, first_byte, body, grpc = request.version or "1.1", 0, None, None, None
             duration = None if partial else one.last - first.time
         else:
+            version, status, first_byte, grpc = response.version, response.status, one.first_byte, response.grpc_status
             body = one.come - response.size if response.size is not None and one.come >= response.size else None
-            exchange = Exchange(
-                response.version,
-                scheme,
-                response.status,
+            duration = one.last - first.time
+        exchange = _new(
+            Exchange,
+            (
+                version,
+                "https" if one.kind == events.HTTPS else "http",
+                status,
                 error,
-                one.first_byte,
+                first_byte,
                 sent,
                 body,
-                response.grpc_status,
-                parent,
+                grpc,
+                request.traceparent,
                 first.sequence,
                 partial,
-                state,
-                port,
-            )
-            duration = one.last - first.time
-        self.ended.append(Ended(one.kind, first, request, exchange, duration))
+                request.tracestate,
+                request.port or 0,
+            ),
+        )
+        self.ended.append(_new(Ended, (one.kind, first, request, exchange, duration)))
 
     def expire(self, now: int) -> None:
         """Look after responses that come in pieces; give up what waits for too long. `now`: CLOCK_MONOTONIC ns."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from exporter import decode, events
-from exporter.decode import Message, Piece, Sighting, Step
+from exporter.decode import Arrival, Message, Piece, Sighting, Step
 from exporter.events import Event, Exchange, Tls, Workload
 from exporter.exchanges import ERRORS, HEADS, OPEN, Ended, Exchanges
 from exporter.handshakes import HANDSHAKES, QUIC_HANDSHAKES, Handshake, Handshakes
@@ -80,7 +80,7 @@ class Join:
     def __len__(self) -> int:
         return len(self._lookups) + len(self._exchanges) + len(self._handshakes) + len(self._http2)
 
-    def add(self, sighting: Sighting | Message | Piece | Step) -> Event | None:
+    def add(self, sighting: Sighting | Message | Piece | Step | Arrival) -> Event | None:
         """The event that this sighting completes, if it does."""
         read = self._read.get(sighting.kind)
         if read is None:

@@ -28,6 +28,7 @@ _METHODS = re.compile(
     "GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PROPFIND|PROPPATCH|MKCOL|COPY|MOVE|LOCK|UNLOCK|SEARCH"
     "|REPORT|PURGE|LINK|UNLINK|MKCALENDAR|MKACTIVITY|CHECKOUT|MERGE|NOTIFY|SUBSCRIBE|UNSUBSCRIBE"
 )
+_COMMON = frozenset(("GET", "POST", "PUT", "HEAD", "DELETE", "PATCH", "OPTIONS"))
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 _VERSION = re.compile(r" HTTP/1\.([0-9]) *\Z")
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*\Z", re.DOTALL)
@@ -82,25 +83,29 @@ def parse_request(data: bytes) -> Request | None:
     line = (data[start:] if cut else data[start:end]).decode("utf-8", "replace").rstrip("\r")
 
     method, blank, target = line.partition(" ")
-    if not blank or not _METHOD.fullmatch(method):
+    if not blank or not (method in _COMMON or _METHOD.fullmatch(method)):
         return None
     version = ""
-    match = _VERSION.search(target)
-    if match:
-        version = "1." + match[1]
-        target = target[: match.start()]
+    if target.endswith(" HTTP/1.1") and target[-10:-9] != " ":  # as nearly all end
+        version, target = "1.1", target[:-9]
+    elif match := _VERSION.search(target):
+        version, target = "1." + match[1], target[: match.start()]
     elif not cut or not _METHODS.fullmatch(method):
         return None
     if not target or (method == "PRI" and target == "*"):
         return None
 
-    form, host, port, path, query = _target(method, target)
-    if not form:
-        return None
+    if target[0] == "/" and method != "CONNECT":
+        form, host, port = ORIGIN, "", None
+        path, _, query = target.partition("?")
+    else:
+        form, host, port, path, query = _target(method, target)
+        if not form:
+            return None
     fields = _NO_FIELDS if cut else _fields(data, end + 1)
     if form in (ORIGIN, ASTERISK):
         host, port = fields.host, fields.port
-    elif not match:
+    elif not version:
         # The authority may go on where the capture ends: half a name is worse than none.
         authority_ends = form == ABSOLUTE and (path or query)
         host, port = (host, port) if authority_ends else ("", None)
@@ -117,7 +122,7 @@ def parse_request(data: bytes) -> Request | None:
             version,
             form in (ABSOLUTE, AUTHORITY),
             fields.truncated,
-            match is not None,
+            version != "",
             fields.body,
             fields.chunked,
             fields.traceparent,
@@ -128,13 +133,11 @@ def parse_request(data: bytes) -> Request | None:
 
 
 def _target(method: str, target: str) -> tuple[str, str, int | None, str, str]:
-    """(form, host, port, path, query) of a request target, RFC 9112 section 3.2; form "" where it is none."""
+    """(form, host, port, path, query) of a request target that is no path, RFC 9112 section 3.2; form "" where it is
+    none."""
     if method == "CONNECT":
         host, port = split_authority(target)
         return (AUTHORITY, host, port, "", "") if host else ("", "", None, "", "")
-    if target[0] == "/":
-        path, _, query = target.partition("?")
-        return ORIGIN, "", None, path, query
     if target == "*":
         return ASTERISK, "", None, "*", ""
     match = _ABSOLUTE.match(target)
@@ -181,7 +184,7 @@ class _Fields(NamedTuple):
 
 # By their bytes: a client sends the same fields with each request, but for those that trace it.
 _blocks: dict[bytes, _Fields] = {}
-_BLOCKS, _LONG_BLOCK = 1024, 1024
+_BLOCKS, _LONG_BLOCK = 2048, 1024
 # Lines that were read lately and are one field each, and hosts.
 _lines: dict[bytes, tuple[str, str]] = {}
 _LINES, _LONG_LINE = 4096, 128

@@ -86,12 +86,11 @@ _AUTHORITY_USER_INFO = re.compile(r"\A[^/?#]*@")
 def target(text: str, options: Options) -> str:
     """A request target or URL (`/p?q`, `http://h/p`, `h:port`, `*`) without user info, query values and
     secrets."""
-    if _PLAIN.fullmatch(text) and "hook" not in text:
-        return text
+    path, question, query = text.partition("?")
+    if _PLAIN.fullmatch(path) and "hook" not in path and "#" not in query:
+        return f"{path}?{_query(query, options.query_values)}" if question else text
     text, mark, _ = text.partition("#")
     path, question, query = text.partition("?")
-    if question and not mark and _PLAIN.fullmatch(path) and "hook" not in path:
-        return f"{path}?{_query(query, options.query_values)}"
     scheme = ""
     # User info can stand in front (`user:pw@host:443`), behind a scheme, or in a URL that is part of the
     # path.
