@@ -69,7 +69,8 @@ def _measure(
         Producer(kernel.maps["records"], templates) as producer,
         _Idle(templates) as idle,
     ):
-        for number in range(rounds + 1):
+        warm = -(-len(templates) // batch)  # the first rounds meet every name and address for the first time
+        for number in range(warm + rounds):
             theirs.append(idle.rate(batch))
             producer.put(batch)
             began = time.process_time()
@@ -79,15 +80,15 @@ def _measure(
             ours.append(got / (time.process_time() - began))
             if got != batch or producer.state()[1]:
                 raise RuntimeError(f"{title}: {got} of {batch} records arrived")
-            progress.step(f"{title}, round {number} of {rounds}")
+            progress.step(f"{title}, round {number + 1} of {warm + rounds}")
     lost = {cause: n - before.get(cause, 0) for cause, n in losses.snapshot().items() if n != before.get(cause, 0)}
     if lost:
         raise RuntimeError(f"{title}: lost {lost}")
     size = sum(map(len, templates)) // len(templates)
     row = compared(
         f"pipeline: {title}",
-        ours[1:],  # the first round meets every name and address for the first time
-        theirs[1:],
+        ours[warm:],
+        theirs[warm:],
         "rec/s",
         "bcc's no-op callback",
         bound,

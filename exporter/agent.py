@@ -146,6 +146,8 @@ class Pipeline:
             headers=settings.allowed_headers,
             template=None if metrics.routes is None else metrics.routes.of,
         )
+        ways_out = ((self.console.active, self.console.write), (self.otlp.active, self.otlp.emit))
+        self.outs = [take for active, take in ways_out if active]
         self.tls = self._tls_processes(settings, root)
         self.alive = {workload.cgroup_id: workload for workload in self.workloads.live()}
         self.stopping = False
@@ -163,12 +165,12 @@ class Pipeline:
 
     def drain(self) -> int:
         """Take what the ring holds through the pipeline; how many records."""
-        taken, add = 0, self.join.add
+        taken = 0
         # Stage by stage over a few hundred records: the code and tables of one stage stay in the CPU's caches.
         while taken < RECORDS and (records := self.kernel.ring.drain(BATCH)):
             taken += len(records)
             sightings = [sighting for data in records if (sighting := decode(data)) is not None]
-            self.tell([event for sighting in sightings if (event := add(sighting)) is not None])
+            self.tell(self.join.add_all(sightings))
         self.tell(list(self.join.expire(time.monotonic_ns())))
         self.hygiene.settle()
         if self.inventory is not None:
@@ -177,7 +179,7 @@ class Pipeline:
 
     def tell(self, events: list[Event]) -> None:
         """Events to every way out, their secrets hidden."""
-        write, emit, options = self.console.write, self.otlp.emit, self.redaction
+        options = self.redaction
         self.hygiene.observe(events)
         events = self.instrumented.take(events)
         groups = self.groups
@@ -193,9 +195,9 @@ class Pipeline:
             self.inventory.observe(told)
             if len(told) < len(events):
                 self.inventory.hide(event for event in events if event.filtered)
-        for event in told:
-            write(event)
-            emit(event)
+        for out in self.outs:
+            for event in told:
+                out(event)
 
     def run(self) -> None:
         """Until a signal."""

@@ -1,8 +1,8 @@
 """TLS handshakes: the pieces of a ClientHello, the server's answer and the client's word to that become one thing.
 
-In: sightings of the kinds HELLO, SERVER_HELLO, HANDSHAKE_END, CLOSED and QUIC_INITIAL, in the order of the ring. Out: a
-`Handshake` when one is over: with its end, an alert, the close of its connection, or HANDSHAKE_SECONDS. Not its job:
-who it was and what the peer is called (join), reading bytes (tls, quic).
+In: sightings of the kinds HELLO, SERVER_HELLO, HANDSHAKE_END, CLOSED and QUIC_INITIAL, in the order of the ring. Out:
+what is made of a `Handshake` when one is over: with its end, an alert, the close of its connection, or
+HANDSHAKE_SECONDS. Not its job: who it was and what the peer is called (join), reading bytes (tls, quic).
 
 A handshake is told once, however it ended: a server that is not seen to answer still has a name. Its duration is that
 of the client: from the ClientHello to its Finished, both as they leave. In TLS 1.2 the server's own Finished comes
@@ -13,8 +13,8 @@ Of QUIC only the ClientHello can be read, so that is the handshake: told as soon
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
 
 from exporter import decode, quic, tls
 from exporter.decode import Sighting, Step
@@ -30,6 +30,7 @@ OK, CLOSED, TIMEOUT = "ok", "closed", "timeout"  # or the word of an alert
 _UNREADABLE = tls.ClientHello("", "", (), "", False, False, False, b"", False)
 
 _new = tuple.__new__
+_Made = TypeVar("_Made")
 
 
 class Handshake(NamedTuple):
@@ -70,18 +71,19 @@ class _Quic:
         self.told = False
 
 
-class Handshakes:
+class Handshakes(Generic[_Made]):
     """Bounded by HANDSHAKES and QUIC_HANDSHAKES: the oldest goes and is counted as lost; one over TCP is told as far
-    as it came."""
+    as it came. `made`: what a handshake becomes that is over."""
 
-    def __init__(self) -> None:
+    def __init__(self, made: Callable[[Handshake], _Made]) -> None:
+        self._made = made
         self.open: OrderedDict[int, _Open] = OrderedDict()  # by the socket's cookie, oldest first
         self._quic: OrderedDict[tuple[int, str, int], _Quic] = OrderedDict()  # by cookie, address and port
 
     def __len__(self) -> int:
         return len(self.open) + len(self._quic)
 
-    def hello(self, s: Sighting) -> Handshake | None:
+    def hello(self, s: Sighting) -> _Made | None:
         """A piece of a ClientHello. The handshake that it ends is another, older one."""
         cookie, offset, payload, flags = s.cookie, s.offset, s.payload, s.flags
         if flags & decode.ABANDONED:
@@ -115,7 +117,7 @@ class Handshakes:
             one.data = b""
         return over
 
-    def answer(self, s: Step | Sighting) -> Handshake | None:
+    def answer(self, s: Step | Sighting) -> _Made | None:
         """The server's first flight."""
         one = self.open.get(s.cookie)
         if one is None:
@@ -129,7 +131,7 @@ class Handshakes:
             return self._over(one, alert, s.time, alert)
         return None
 
-    def end(self, s: Step | Sighting) -> Handshake | None:
+    def end(self, s: Step | Sighting) -> _Made | None:
         """What the client says to it."""
         one = self.open.pop(s.cookie, None)
         if one is None:
@@ -137,12 +139,12 @@ class Handshakes:
         alert = tls.client_alert(s.payload)
         return self._over(one, alert or OK, s.time, alert)
 
-    def closed(self, s: Sighting) -> Handshake | None:
+    def closed(self, s: Sighting) -> _Made | None:
         """The connection is over, and so is a handshake that was not."""
         one = self.open.pop(s.cookie, None)
         return None if one is None else self._over(one, CLOSED, s.time)
 
-    def initial(self, s: Sighting) -> Handshake | None:
+    def initial(self, s: Sighting) -> _Made | None:
         """One of the first datagrams of a QUIC client. A ClientHello may need two, and its parts come in any order."""
         place = s.cookie, s.peer, s.port
         one = self._quic.get(place)
@@ -161,7 +163,7 @@ class Handshakes:
             one.crypto.add(offset, piece)
         return self._quic_over(one) if one.crypto.whole else None
 
-    def expire(self, now: int) -> Iterator[Handshake]:
+    def expire(self, now: int) -> Iterator[_Made]:
         """Those that are HANDSHAKE_SECONDS old. `now`: CLOCK_MONOTONIC ns."""
         while self.open:
             cookie, one = next(iter(self.open.items()))
@@ -178,7 +180,7 @@ class Handshakes:
             if not connection.told and (over := self._quic_over(connection)) is not None:
                 yield over
 
-    def _quic_over(self, one: _Quic) -> Handshake | None:
+    def _quic_over(self, one: _Quic) -> _Made | None:
         one.told = True
         hello = tls.parse_client_hello(one.crypto.data, quic=True)
         one.crypto = quic.Crypto()
@@ -193,9 +195,9 @@ class Handshakes:
             ja4=hello.ja4,
             quic=one.version,
         )
-        return _new(Handshake, (one.first, 0, hello.server_name, hello.whole, "", None, told))
+        return self._made(_new(Handshake, (one.first, 0, hello.server_name, hello.whole, "", None, told)))
 
-    def _over(self, one: _Open, status: str, ended: int | None, alert: str = "") -> Handshake | None:
+    def _over(self, one: _Open, status: str, ended: int | None, alert: str = "") -> _Made | None:
         """None where no ClientHello came of it: some bytes, and then the connection's end."""
         hello, answer = one.hello or tls.parse_client_hello(one.data), one.answer
         if hello is None:
@@ -224,4 +226,4 @@ class Handshakes:
         )
         first = one.first
         lasted = None if ended is None else ended - first.time
-        return _new(Handshake, (first, one.identity, hello.server_name, hello.whole, status, lasted, told))
+        return self._made(_new(Handshake, (first, one.identity, hello.server_name, hello.whole, status, lasted, told)))

@@ -9,7 +9,7 @@ clock is passed in. Not its job: hiding secrets (redact), counting packets (the 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from exporter import decode, events
@@ -28,6 +28,20 @@ _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
 # Event(...) sorts 33 arguments by name, at three times the cost; hence tuples in the order of its fields.
 _new = tuple.__new__
 assert len(Event._fields) == 33
+
+
+Seen = Sighting | Message | Piece | Step | Arrival
+
+
+class _Readers(dict[int, Callable[[Any], Event | None]]):
+    """By kind of sighting."""
+
+    def __missing__(self, kind: int) -> Callable[[Any], Event | None]:
+        return self._unknown
+
+    @staticmethod
+    def _unknown(sighting: Any) -> None:
+        losses.add("decode", "unknown_kind")
 
 
 class Join:
@@ -50,43 +64,46 @@ class Join:
         self._hidden, self._to_wall = hidden, to_wall
         self._lookups = Lookups(who, learn, hidden, to_wall)
         self._exchanges = Exchanges(received)
-        self._handshakes = Handshakes()
+        self._handshakes = Handshakes(self._tls)
         self._ended: deque[Event] = deque()  # by what ended something else
         self._http2: Http2[Sighting] = Http2()
         self._finished: list[Finished[Sighting]] = []
-        self._read: dict[int, Callable[[Any], Event | None]] = {
-            decode.OPENED: self._connection,
-            decode.FAILED: self._connection,
-            decode.CLOSED: self._connection,
-            decode.QUERY: self._lookups.query,
-            decode.ANSWER: self._lookups.answer,
-            decode.QUERY_PIECE: self._lookups.query_piece,
-            decode.ANSWER_PIECE: self._lookups.answer_piece,
-            decode.HELLO: self._handshake_step(self._handshakes.hello),
-            decode.HEAD: self._exchanges.head,
-            decode.TLS_WRITE: self._exchanges.tls_head,
-            decode.RESPONSE: self._exchanges.response,
-            decode.RECEIVED: self._exchanges.received,
-            decode.TLS_CLOSED: self._closed,
-            decode.SERVER_HELLO: self._handshake_step(self._handshakes.answer),
-            decode.HANDSHAKE_END: self._handshake_step(self._handshakes.end),
-            decode.QUIC_INITIAL: self._handshake_step(self._handshakes.initial),
-            decode.FRAMES_OUT: self._frames,
-            decode.FRAMES_IN: self._frames,
-        }
+        self._read = _Readers(
+            {
+                decode.OPENED: self._connection,
+                decode.FAILED: self._connection,
+                decode.CLOSED: self._connection,
+                decode.QUERY: self._lookups.query,
+                decode.ANSWER: self._lookups.answer,
+                decode.QUERY_PIECE: self._lookups.query_piece,
+                decode.ANSWER_PIECE: self._lookups.answer_piece,
+                decode.HELLO: self._handshakes.hello,
+                decode.HEAD: self._exchanges.head,
+                decode.TLS_WRITE: self._exchanges.tls_head,
+                decode.RESPONSE: self._exchanges.response,
+                decode.RECEIVED: self._exchanges.received,
+                decode.TLS_CLOSED: self._closed,
+                decode.SERVER_HELLO: self._handshakes.answer,
+                decode.HANDSHAKE_END: self._handshakes.end,
+                decode.QUIC_INITIAL: self._handshakes.initial,
+                decode.FRAMES_OUT: self._frames,
+                decode.FRAMES_IN: self._frames,
+            }
+        )
 
     room = QUERIES + HELD + STREAMS + HEADS + OPEN + HANDSHAKES + QUIC_HANDSHAKES
 
     def __len__(self) -> int:
         return len(self._lookups) + len(self._exchanges) + len(self._handshakes) + len(self._http2)
 
-    def add(self, sighting: Sighting | Message | Piece | Step | Arrival) -> Event | None:
+    def add(self, sighting: Seen) -> Event | None:
         """The event that this sighting completes, if it does."""
-        read = self._read.get(sighting.kind)
-        if read is None:
-            losses.add("decode", "unknown_kind")
-            return None
-        return read(sighting)
+        return self._read[sighting.kind](sighting)
+
+    def add_all(self, sightings: Iterable[Seen]) -> list[Event]:
+        """`add` for some hundred, without a call for each."""
+        read = self._read
+        return [event for sighting in sightings if (event := read[sighting.kind](sighting)) is not None]
 
     def name(self, who: Workload, identity: int, address: str, now: int) -> tuple[str, str]:
         """What a peer is called, and whence the name: shown name, learned name, address. `now`: monotonic ns."""
@@ -231,15 +248,6 @@ class Join:
 
     # --- names and requests ---------------------------------------------------------------------------------------
 
-    def _handshake_step(self, step: Callable[[Any], Handshake | None]) -> Callable[[Any], Event | None]:
-        """What a step of a handshake ends, as an event."""
-
-        def read(s: Sighting | Step) -> Event | None:
-            handshake = step(s)
-            return None if handshake is None else self._tls(handshake)
-
-        return read
-
     def _tls(self, handshake: Handshake) -> Event:
         s, identity, name, whole, status, duration, told = handshake
         who = self._who(s.cgroup)
@@ -287,8 +295,8 @@ class Join:
         """What was under way on a connection that is over: of most connections nothing."""
         cookie = s.cookie
         self._lookups.closed(cookie)
-        if cookie in self._handshakes.open and (handshake := self._handshakes.closed(s)) is not None:
-            self._ended.append(self._tls(handshake))
+        if cookie in self._handshakes.open and (event := self._handshakes.closed(s)) is not None:
+            self._ended.append(event)
         if cookie in self._exchanges.waiting or cookie in self._exchanges.heads:
             self._exchanges.closed(s)
         if cookie in self._http2.connections:
@@ -351,8 +359,7 @@ class Join:
         held or never answered. `now`: CLOCK_MONOTONIC ns."""
         while self._ended:
             yield self._ended.popleft()
-        for handshake in self._handshakes.expire(now):
-            yield self._tls(handshake)
+        yield from self._handshakes.expire(now)
         yield from self._lookups.expire(now)
         self._exchanges.expire(now)
         ended, self._exchanges.ended = self._exchanges.ended, []

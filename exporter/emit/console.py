@@ -83,6 +83,11 @@ class Console:
         self._broken = False
         self._thread: threading.Thread | None = None
 
+    @property
+    def active(self) -> bool:
+        """Whether lines are written at all."""
+        return self._format is not None
+
     def write(self, event: Event) -> None:
         """Queue one event; never blocks, never raises. What finds no room is counted as
         queue/console_full."""

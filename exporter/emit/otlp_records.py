@@ -42,7 +42,7 @@ from exporter.events import Event, Workload
 # Receivers take 4 MiB by default; a part of it keeps the agent's memory flat while it sends.
 LIMIT = 1 << 17
 # Pieces that are kept, 50 to 600 bytes each. Then all are made anew.
-_KEPT = 2048
+_KEPT = 8192
 _HEADS = 512  # resources, 600 bytes each
 # A request's span has at most so many attributes, 64 of them headers.
 _ATTRIBUTES = 96

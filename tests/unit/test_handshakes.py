@@ -51,7 +51,7 @@ def shown(over: Handshake | None) -> tuple[str, str, str, int | None]:
 
 
 def test_hello_answer_end() -> None:
-    all_ = Handshakes()
+    all_ = Handshakes(lambda over: over)
     assert all_.hello(sent(time=100)) is None
     assert all_.answer(answered(time=200)) is None
     over = all_.end(said(time=350))
@@ -63,7 +63,7 @@ def test_hello_answer_end() -> None:
 
 
 def test_every_other_end() -> None:
-    all_ = Handshakes()
+    all_ = Handshakes(lambda over: over)
     all_.hello(sent())
     assert shown(all_.answer(answered(ALERT, 5))) == ("one.example", "", "handshake_failure", 5)
     all_.hello(sent())
@@ -81,14 +81,14 @@ def test_every_other_end() -> None:
 def test_pieces() -> None:
     """In order, sent again and cut differently; a lost one costs what was in it, and the fingerprint."""
     for cuts in ([(0, 50), (50, 999)], [(0, 50), (0, 50), (20, 90), (90, 999)], [(0, 1), (1, 999)]):
-        all_ = Handshakes()
+        all_ = Handshakes(lambda over: over)
         for start, end in cuts:
             all_.hello(sent(HELLO[start:end], offset=start, end=end == 999))
         over = all_.end(said())
         assert shown(over)[0] == "one.example"
         assert over is not None
         assert over.tls.ja4
-    all_ = Handshakes()
+    all_ = Handshakes(lambda over: over)
     all_.hello(sent(HELLO[:50], end=False))
     all_.hello(sent(HELLO[60:], offset=60))
     over = all_.end(said())
@@ -99,7 +99,7 @@ def test_pieces() -> None:
 
 
 def test_a_hello_that_never_ends_is_none() -> None:
-    all_ = Handshakes()
+    all_ = Handshakes(lambda over: over)
     all_.hello(sent(HELLO[:20], end=False))
     assert all_.closed(closed()) is None
     all_.hello(sent(HELLO[:60], end=False))
@@ -108,7 +108,7 @@ def test_a_hello_that_never_ends_is_none() -> None:
 
 
 def test_a_retry_is_no_answer() -> None:
-    all_ = Handshakes()
+    all_ = Handshakes(lambda over: over)
     random = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
     all_.hello(sent())
     all_.answer(answered(answer(extension(43, u16s(0x0304)), extension(51, u16s(24)), random=random)))
@@ -120,7 +120,7 @@ def test_a_retry_is_no_answer() -> None:
 
 def test_too_many_at_once() -> None:
     """The oldest goes, named and counted."""
-    all_ = Handshakes()
+    all_ = Handshakes(lambda over: over)
     before = losses.snapshot().get(("join", "handshakes_full"), 0)
     for cookie in range(HANDSHAKES):
         assert all_.hello(sent(cookie=cookie + 1)) is None
@@ -141,7 +141,7 @@ _STEPS = st.tuples(
 
 @given(st.lists(_STEPS, max_size=40))
 def test_any_order(steps: list[tuple[str, bytes, int, int, int]]) -> None:
-    all_ = Handshakes()
+    all_ = Handshakes(lambda over: over)
     begun = told = 0
     for number, (what, payload, cookie, offset, flags) in enumerate(steps):
         seen = sighting(decode.HELLO, payload, number, cookie=cookie, offset=offset, flags=flags)

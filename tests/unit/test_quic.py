@@ -220,7 +220,7 @@ def sighting(payload: bytes, time: int = 0, cookie: int = 1, port: int = 443) ->
 
 
 def test_one_handshake_however_often_it_is_sent() -> None:
-    all_ = Handshakes()
+    all_ = Handshakes(lambda over: over)
     first, second = datagrams(hello("quic.example"), "2")
     assert all_.initial(sighting(first, 5)) is None
     over = all_.initial(sighting(second, 6))
@@ -236,7 +236,7 @@ def test_one_handshake_however_often_it_is_sent() -> None:
 
 
 def test_half_a_hello_is_told_late_and_without_what_is_missing() -> None:
-    all_ = Handshakes()
+    all_ = Handshakes(lambda over: over)
     data = hello("half.example")
     all_.initial(sighting(initial(crypto(data[:900], 0))))
     assert list(all_.expire(9_999_999_999)) == []
@@ -245,7 +245,7 @@ def test_half_a_hello_is_told_late_and_without_what_is_missing() -> None:
 
 
 def test_unreadable_ones_are_counted_and_the_table_is_bounded() -> None:
-    all_ = Handshakes()
+    all_ = Handshakes(lambda over: over)
     before = losses.snapshot()
     assert all_.initial(sighting(bytes(1200))) is None
     assert losses.snapshot()["decode", "quic_initial"] == before.get(("decode", "quic_initial"), 0) + 1
