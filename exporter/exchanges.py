@@ -52,8 +52,8 @@ class _Head:
 
 
 class _Open:
-    """A request whose response has not come to its end. `size`: of its head. `whole`: bytes of the response, head
-    included, where that is known; `come`: how many there are, the last of them at `last`."""
+    """A request whose response has not come to its end. `size`: of its head, where its body is chunked. `whole`: bytes
+    of the response, head included, where that is known; `come`: how many there are, the last of them at `last`."""
 
     __slots__ = (
         "chunked",
@@ -105,6 +105,11 @@ class Exchanges:
     def head(self, s: Sighting) -> None:
         """A piece of a request head."""
         head = self.heads.get(s.cookie)
+        if head is None and not s.offset and s.flags & decode.HEAD_END:  # in one piece, as most are
+            request = parse_request(s.payload)
+            if request is not None:
+                self._begin(events.HTTP, s, request, s.payload)
+            return
         if head is not None and s.offset != len(head.data):
             del self.heads[s.cookie]
             if s.offset:
@@ -141,7 +146,7 @@ class Exchanges:
             self._begin(events.HTTPS, s, request, s.payload)
 
     def _begin(self, kind: str, first: Sighting, request: Request, data: bytes) -> None:
-        one = _Open(kind, first, request, len(data) if request.truncated else head_size(data))
+        one = _Open(kind, first, request, head_size(data) if request.chunked else 0)
         waiting = self.waiting.get(first.cookie)
         if waiting is None:
             self.waiting[first.cookie] = [one]

@@ -319,13 +319,17 @@ class Response(NamedTuple):
 
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?=[ \r\n]|\Z)")
+_CONTENT_LENGTH = b"\ncontent-length:"
 _LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r|\n|\Z)")
 
 
 def parse_response(data: bytes) -> Response | None:
     """Read an HTTP/1 response head from the start of `data`; None where it is not one."""
-    match = _STATUS_LINE.match(data)
-    if match is None:
+    if data.startswith(b"HTTP/1.1 200 "):  # as most do
+        version, status = "1.1", 200
+    elif match := _STATUS_LINE.match(data):
+        version, status = "1." + chr(match[1][0]), int(match[2])
+    else:
         return None
     end = data.find(b"\r\n\r\n")
     size: int | None = end + 4
@@ -335,22 +339,25 @@ def parse_response(data: bytes) -> Response | None:
         if end < 0:
             end, size = len(data), None
     head = data[:end].lower()
-    lengths = _LENGTH.findall(head)
     at = head.find(b"\ntransfer-encoding:")
     chunked = at >= 0 and b"chunked" in head[at : (head.find(b"\n", at + 1) + 1) or end]
     at = head.find(b"\ngrpc-status:")
     code = head[at + 13 : at + 20].split(b"\n", 1)[0].strip() if at >= 0 else b""
-    return _new(
-        Response,
-        (
-            "1." + chr(match[1][0]),
-            int(match[2]),
-            size,
-            int(lengths[0]) if lengths and (len(lengths) == 1 or len(set(lengths)) == 1) else None,
-            chunked,
-            int(code) if code.isdigit() else None,
-        ),
-    )
+    return _new(Response, (version, status, size, _length(head), chunked, int(code) if code.isdigit() else None))
+
+
+def _length(head: bytes) -> int | None:
+    """Content-Length; None where there is none, or several that differ."""
+    at = head.find(_CONTENT_LENGTH)
+    if at < 0:
+        return None
+    at += len(_CONTENT_LENGTH)
+    end = head.find(b"\n", at)
+    if end < 0 or head.find(_CONTENT_LENGTH, end) < 0:
+        value = (head[at:] if end < 0 else head[at:end]).strip(b" \t\r")
+        return int(value) if value.isdigit() and len(value) < 16 else None
+    lengths = set(_LENGTH.findall(head))
+    return int(lengths.pop()) if len(lengths) == 1 else None
 
 
 # --- DNS ----------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ SEVERITY = {INFO: "INFO", WARN: "WARN"}
 WINDOW_SECONDS = 60.0
 _WINDOWS = 4096
 _SEEN = 65_536
+_LATELY = 4_096
 
 _DESTINATIONS = frozenset((CONNECT, TLS, HTTP, HTTPS))
 _DURATIONS = {
@@ -91,6 +92,7 @@ class Notable:
         self._clock = clock
         # Two generations of hashes are an LRU that costs 6 MB when full; an OrderedDict would cost 20.
         self._young: set[int] = set()
+        self._lately: set[tuple[int, str, int]] = set()  # (cgroup, name, port), to save the work
         self._old: set[int] = set()
         # failure -> (when its window ends, how often again, the last event, its trace); in the order of their ends
         self._windows: dict[tuple[object, ...], tuple[float, int, Event, Context | None]] = {}
@@ -129,6 +131,12 @@ class Notable:
 
     def _first_seen(self, event: Event) -> bool:
         w = event.workload
+        lately = w.cgroup_id, event.domain or event.dst, event.port
+        if lately in self._lately:
+            return False
+        if len(self._lately) >= _LATELY:
+            self._lately.clear()
+        self._lately.add(lately)
         # By name where there is one: a container that restarts knows its destinations already.
         who = (w.namespace, w.pod_name, w.container_name, w.name) if w.name or w.pod_name else w.cgroup_id
         key = hash((who, event.domain or event.dst, event.port))
@@ -137,6 +145,7 @@ class Notable:
         known = key in self._old
         if len(self._young) >= _SEEN // 2:
             self._old, self._young = self._young, set()
+            self._lately.clear()
         self._young.add(key)
         return not known
 

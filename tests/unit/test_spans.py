@@ -237,8 +237,8 @@ def test_kept_pieces_are_bounded() -> None:
     maker = records()
     for n in range(10_000):
         list(maker.spans([Request(REQUEST._replace(domain=f"h{n}", pid=n))]))
-    assert len(maker._pieces) < 2100
-    assert len(maker._urls) < 2100
+        assert len(maker._pieces) <= otlp_records._KEPT + 3
+    assert len(maker._urls) <= otlp_records._KEPT
 
 
 def test_limits_of_values_and_counts() -> None:
