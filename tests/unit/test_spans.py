@@ -14,7 +14,7 @@ import pytest
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from exporter.emit import registry, setup, spans
+from exporter.emit import otlp_records, registry, setup, spans
 from exporter.emit import semconv as c
 from exporter.emit.logs import Note
 from exporter.emit.otlp_records import Records
