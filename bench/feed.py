@@ -46,7 +46,7 @@ class Feed:
             slot = raw.pop(self._fds["free_slots"])
             generation, _ = struct.unpack_from("<II", traffic, slot * 40 + 32)
             struct.pack_into("<I", traffic, slot * 40 + 36, 1)
-            key = wire.FLOW_KEY.pack(flow.cgroup, flow.name_id, flow.peer, 443, 6, 1, 0, wire.FLOW_PEER, 0)
+            key = wire.FLOW_KEY.pack(flow.cgroup, flow.name_id, flow.peer, 443, 6, 1, 0, wire.FLOW_PEER, 0, 0)
             bpf.map_update(self._fds["flows"], key, wire.FLOW_ROW.pack(slot, generation, now))
             self._slots.append(slot)
         self._made(len(flows))

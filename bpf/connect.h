@@ -22,7 +22,7 @@ INLINE void want_peer(struct socket *s, const u8 *peer, u16 port)
 	RELOAD(); /* the slot is invalid before the peer is another: see counters_of_answer() */
 	copy16(s->peer, peer);
 	s->peer_port = port;
-	s->flags &= ~S_DESCRIBED;
+	s->flags &= ~(S_DESCRIBED | S_REDIRECTED);
 	s->name = 0;
 }
 

@@ -461,6 +461,24 @@ INLINE void set_local(struct socket *s, struct bpf_sock *sk)
 	}
 }
 
+/*
+ * Where a packet goes is known only now: NAT has rewritten it, the socket has not heard of it. A REDIRECT rule, as a
+ * mesh has for its sidecars, turns what is meant for another host to the loopback device's address.
+ */
+INLINE void look_for_redirect(struct __sk_buff *skb, struct socket *s)
+{
+	u32 to[4] = {};
+	int turned;
+
+	if (s->scope == SCOPE_LOOPBACK || s->role != ROLE_CLIENT)
+		return;
+	if (skb->protocol == bpf_htons(0x0800))
+		turned = !bpf_skb_load_bytes(skb, 16, to, 4) && (to[0] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	else
+		turned = !bpf_skb_load_bytes(skb, 24, to, 16) && !(to[0] | to[1] | to[2]) && to[3] == bpf_htonl(1);
+	s->flags = turned ? s->flags | S_REDIRECTED : s->flags & ~S_REDIRECTED;
+}
+
 #define SYN_AT_MOST 120 /* IPv6 header and a full TCP header: a longer SYN carries data (TCP Fast Open) */
 
 /* Ends the program, unless the other one is missing. */
@@ -503,6 +521,8 @@ INLINE int packet_out_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct so
 	}
 	if (!(s->flags & S_DESCRIBED))
 		describe(s);
+	if (!s->stride)
+		look_for_redirect(skb, s);
 	if (s->stage == STAGE_DNS && p.length && p.transport == PROTO_TCP && !like_question(skb, s, &p))
 		s->stage = STAGE_FIRST;
 	if (s->stage == STAGE_DNS) {
@@ -579,6 +599,7 @@ INLINE struct traffic *counters_of_sender(struct socket *s, const struct packet 
 		key.kind = FLOW_EXCLUDED;
 	} else {
 		key.port = p->source_port;
+		key.redirected = !!(s->flags & S_REDIRECTED);
 		copy16(key.peer, p->source);
 	}
 	row = bpf_map_lookup_elem(MAP(FLOWS), &key);

@@ -39,7 +39,7 @@ INLINE void fill_record(struct record *r, const struct socket *s, u8 kind, u64 n
 	r->role = s->role;
 	r->scope = s->scope;
 	r->outcome = 0;
-	r->flags = s->flags & S_PROXIED ? RECORD_PROXIED : 0;
+	r->flags = (s->flags & S_PROXIED ? RECORD_PROXIED : 0) | (s->flags & S_REDIRECTED ? RECORD_REDIRECTED : 0);
 	r->length = 0;
 	r->duration_ns = 0;
 	r->tx_bytes = 0;

@@ -25,6 +25,7 @@
 #define S_HTTP2 32768    /* HTTP/2: what comes in is read, too */
 #define S_INSPECTED 8192 /* socket.inspected is set */
 #define S_HTTP 16384     /* an HTTP/1 request left: responses are looked for */
+#define S_REDIRECTED 65536 /* packets for this peer leave for the loopback device */
 #define S_DESCRIBED 4096 /* scope and exclusion are decided for this peer */
 
 /* socket.stage: what the next payload that leaves is looked at for */
@@ -144,6 +145,7 @@ INLINE void flow_key_of(const struct socket *s, struct flow_key *key)
 	}
 	key->port = s->peer_port;
 	key->name = s->name;
+	key->redirected = !!(s->flags & S_REDIRECTED);
 	copy16(key->peer, s->peer);
 }
 

@@ -10,7 +10,7 @@
 #define EBFW_WIRE_H
 
 /* Raise it when a pinned map changes its key, value or meaning: an agent that finds another number starts anew. */
-#define LAYOUT_VERSION 2
+#define LAYOUT_VERSION 3
 
 /* Maps are named by these numbers in the compiled instructions; the loader replaces each with a file descriptor. */
 enum map_id {
@@ -62,7 +62,8 @@ struct flow_key {
 	__u8 role;
 	__u8 scope;
 	__u8 kind;
-	__u16 pad;
+	__u8 redirected; /* on FLOW_PEER: see RECORD_REDIRECTED */
+	__u8 pad;
 };
 
 struct flow_row {
@@ -176,11 +177,12 @@ enum outcome {
 #define RECORD_TRUNCATED 1 /* record.flags: the payload is shorter than what was seen */
 #define RECORD_PROXIED 2   /* record.flags: behind a CONNECT to an HTTP proxy */
 #define RECORD_HEAD_END 4  /* record.flags: the head, or the ClientHello, ends in this piece */
-#define RECORD_BROKEN 64     /* record.flags: bytes are missing between this piece of a digest and the one before */
+#define RECORD_BROKEN 16     /* record.flags, of a digest: bytes are missing between this piece and the one before */
 #define RECORD_LAST_CHUNK 8 /* record.flags: a chunked body seems to end here */
 #define RECORD_EXCLUDED 128 /* record.flags: matched `exclude`; told only because of its port, OTLP's */
 #define RECORD_CUT 32      /* record.flags: of the ClientHello's key share only KEY_SHARE_KEPT bytes are there */
 #define RECORD_ABANDONED 16 /* record.flags: nothing more comes of this ClientHello: unreadable, or excluded by its name */
+#define RECORD_REDIRECTED 64 /* record.flags: what is meant for another host goes to this one: to a mesh's sidecar, say */
 
 struct record {
 	__u64 time_ns; /* CLOCK_MONOTONIC, when the thing happened */

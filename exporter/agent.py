@@ -285,6 +285,7 @@ class Pipeline:
             source,
             key.kind == wire.FLOW_EXCLUDED,
             key.kind == wire.FLOW_OTHER,
+            redirected=key.redirected != 0,
         )
         return flow if self.groups is None or key.kind != wire.FLOW_PEER else self.groups.tag_flow(flow)
 

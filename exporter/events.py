@@ -128,6 +128,7 @@ class Event(NamedTuple):
     search_expansion: bool = False  # dns: no failure, a name of the resolver's search list that led nowhere
     group: str = ""  # what the user calls this peer and others like it; "" = nothing
     credentials: bool = False  # http: it carried credentials, and anybody on the way could read them
+    redirected: bool = False  # to a proxy beside the workload, a mesh's sidecar: what that does is told by itself
 
 
 class Flow(NamedTuple):
@@ -145,6 +146,7 @@ class Flow(NamedTuple):
     filtered: bool = False
     other: bool = False  # what found no room, or was idle and was folded: `~other`
     group: str = ""  # as of Event
+    redirected: bool = False  # as of Event
 
 
 class Counts(NamedTuple):

@@ -25,9 +25,9 @@ from exporter.parse import has_credentials, split_authority, valid_traceparent
 _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
 
 
-# Event(...) sorts 33 arguments by name, at three times the cost; hence tuples in the order of its fields.
+# Event(...) sorts 34 arguments by name, at three times the cost; hence tuples in the order of its fields.
 _new = tuple.__new__
-assert len(Event._fields) == 33
+assert len(Event._fields) == 34
 
 
 Seen = Sighting | Message | Piece | Step | Arrival
@@ -185,6 +185,7 @@ class Join:
                 False,
                 "",
                 False,
+                flags & decode.REDIRECTED != 0,
             ),
         )
 
@@ -243,6 +244,7 @@ class Join:
                 False,
                 "",
                 credentials,
+                s.flags & decode.REDIRECTED != 0,
             ),
         )
 

@@ -194,6 +194,7 @@ class Lookups:
                 False,
                 "",
                 False,
+                asked.flags & decode.REDIRECTED != 0,
             ),
         )
 

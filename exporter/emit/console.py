@@ -301,6 +301,8 @@ def _details(event: Event) -> list[str]:
         out.append(f"name={printable(event.domain)}")
     if event.name_source and kind != events.DNS:
         out.append(f"via={event.name_source}")
+    if event.redirected:
+        out.append("proxied=true")
     if event.search_expansion:
         out.append("search=true")
     if event.credentials:
@@ -382,7 +384,7 @@ class JsonFormat:
             kind, when, who, pid, comm, transport, role, src, src_port, dst, port, scope, domain,
             source, status, duration, sent, received, retransmits, rtt, dns_type, answers,
             method, path, headers, proxy, _cookie, _filtered,
-            exchange, tls, search, group, credentials,
+            exchange, tls, search, group, credentials, redirected,
         ) = event  # fmt: skip
         second, nanoseconds = divmod(when, 1_000_000_000)
         if second != self._second:
@@ -426,6 +428,8 @@ class JsonFormat:
             add(f'"name_source":"{source}"')
         if group:
             add(f'"group":"{group}"')
+        if redirected:
+            add('"proxied":true')
         if search:
             add('"search_expansion":true')
         if credentials:

@@ -122,13 +122,16 @@ class Metrics:
         """Fold in by how much a kernel row moved. `start_ns`: wall clock, when that row began to count."""
         key: tuple[Value, ...]
         if flow.other:
-            key = (c.OTHER, flow.transport, flow.scope, "", flow.role, "")
+            key = (c.OTHER, flow.transport, flow.scope, "", flow.role, "", "")
         elif flow.filtered:
-            key = (c.EXCLUDED, flow.transport, flow.scope, "", flow.role, "")
+            key = (c.EXCLUDED, flow.transport, flow.scope, "", flow.role, "", "")
         elif flow.role == SERVER:
-            key = (c.INBOUND, flow.transport, flow.scope, "", SERVER, "")
+            key = (c.INBOUND, flow.transport, flow.scope, "", SERVER, "", "")
         else:
-            key = (flow.name or flow.peer, flow.transport, flow.scope, flow.name_source, flow.role, flow.group)
+            key = (
+                flow.name or flow.peer, flow.transport, flow.scope, flow.name_source, flow.role, flow.group,
+                flow.redirected or "",
+            )  # fmt: skip
         if self._port:
             key += ("" if flow.other or flow.filtered or flow.role == SERVER else flow.port,)
         with self._lock:
@@ -209,6 +212,7 @@ class Metrics:
                         event.status,
                         filtered,
                         event.group,
+                        event.redirected,
                     )
                     if self._port:
                         key += (event.port,)
@@ -227,7 +231,7 @@ class Metrics:
                         event.domain or event.dst,
                         (exchange.server_port, exchange.scheme, event.port) if event.proxy else event.port,
                         event.method, exchange.status, exchange.error,
-                        exchange.version, filtered, event.scope,
+                        exchange.version, filtered, event.scope, event.redirected,
                     )  # fmt: skip
                     if self._scheme:
                         key += (exchange.scheme,)
@@ -414,7 +418,8 @@ class Metrics:
             error = "" if event.status == OK else c.CONNECT_ERRORS.get(event.status, event.status)
             source = "" if event.filtered else event.name_source
             group = "" if event.filtered else event.group
-            values = (name, "tcp", event.scope, source, event.role, group, error)
+            proxied = "" if event.filtered else event.redirected or ""
+            values = (name, "tcp", event.scope, source, event.role, group, proxied, error)
             return [(_CONNECT, (*values, "" if event.filtered else event.port) if self._port else values)]
         if kind == TLS and tls is not None:
             return [(_TLS, (name, tls.version, handshake_error(event), event.scope if event.filtered else ""))]
@@ -424,7 +429,7 @@ class Metrics:
         scope = event.scope if event.filtered else ""
         error = exchange.error or (str(exchange.status) if exchange.status >= 400 else "")
         method = event.method if event.method in c.HTTP_METHODS else "_OTHER"
-        values = (method, name, port, exchange.status or "", error, exchange.version, scope)
+        values = (method, name, port, exchange.status or "", error, exchange.version, scope, event.redirected or "")
         if self._scheme:
             values += (exchange.scheme,)
         if self._template:
@@ -438,7 +443,10 @@ class Metrics:
             if code != _UNIMPLEMENTED and _CALL.fullmatch(event.path) and target(event.path, Options()) == event.path
             else "_OTHER"
         )
-        return [(_HTTP, values), (_RPC, ("grpc", called, word, name, port, word if code else "", scope))]
+        return [
+            (_HTTP, values),
+            (_RPC, ("grpc", called, word, name, port, word if code else "", scope, event.redirected or "")),
+        ]
 
     def _beside_request(self, known: Known, event: Event, exchange: Exchange, key: tuple[Any, ...]) -> None:
         """What a request has beside its duration: the gRPC call, time to first byte, sizes."""

@@ -132,7 +132,7 @@ class Records:
 
         key: tuple[object, ...] = (
             event.domain, event.name_source, event.dst, event.port, event.scope, event.role, event.transport,
-            event.proxy, event.group, scheme, version, port,
+            event.proxy, event.group, event.redirected, scheme, version, port,
         )  # fmt: skip
         peer_piece = pieces.get(key)
         if peer_piece is None:

@@ -96,6 +96,7 @@ PROCESS_EXECUTABLE: Final = "process.executable.name"
 PEER_SCOPE: Final = "ebfw.peer.scope"
 PEER_NAME_SOURCE: Final = "ebfw.peer.name.source"
 PEER_GROUP: Final = "ebfw.peer.group"
+PROXIED: Final = "ebfw.proxied"
 ROLE: Final = "ebfw.role"
 CONNECTION_STATE: Final = "ebfw.connection.state"
 CONNECTION_ID: Final = "ebfw.connection.id"
@@ -221,10 +222,10 @@ _SIZE_BOUNDS: Final = (0.0, *(float(1 << exponent) for exponent in range(8, 28, 
 # apart.
 _RTT_BOUNDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
-_FLOW: Final = (SERVER_ADDRESS, TRANSPORT, PEER_SCOPE, PEER_NAME_SOURCE, ROLE, PEER_GROUP)
+_FLOW: Final = (SERVER_ADDRESS, TRANSPORT, PEER_SCOPE, PEER_NAME_SOURCE, ROLE, PEER_GROUP, PROXIED)
 
 _HTTP: Final = (
-    HTTP_METHOD, SERVER_ADDRESS, SERVER_PORT, HTTP_STATUS, ERROR_TYPE, PROTOCOL_VERSION, PEER_SCOPE,
+    HTTP_METHOD, SERVER_ADDRESS, SERVER_PORT, HTTP_STATUS, ERROR_TYPE, PROTOCOL_VERSION, PEER_SCOPE, PROXIED,
 )  # fmt: skip
 _HTTP_MORE: Final = (URL_SCHEME, URL_TEMPLATE)
 
@@ -296,7 +297,7 @@ HTTP_ACTIVE = Metric(
 )  # fmt: skip
 RPC_TIME = Metric(
     "rpc.client.call.duration", "s", HISTOGRAM, "Duration of outbound remote procedure calls (gRPC).",
-    (RPC_SYSTEM, RPC_METHOD, RPC_STATUS, SERVER_ADDRESS, SERVER_PORT, ERROR_TYPE, PEER_SCOPE),
+    (RPC_SYSTEM, RPC_METHOD, RPC_STATUS, SERVER_ADDRESS, SERVER_PORT, ERROR_TYPE, PEER_SCOPE, PROXIED),
     _DURATION_BOUNDS, CANDIDATE,
 )  # fmt: skip
 WORKLOAD_INFO = Metric(
@@ -472,6 +473,11 @@ ATTRIBUTES: Final = (
         (PEER_SCOPE, "string", "internet, loopback, private or link_local"),
         (PEER_NAME_SOURCE, "string", "where the peer's name comes from: host, sni, dns, address"),
         (ROLE, "string", "client, server or unknown"),
+        (
+            PROXIED,
+            "boolean",
+            "true: a NAT rule of the host took it to a proxy there, a mesh's sidecar; leave it out of totals",
+        ),
         (PEER_GROUP, "string", "the user's own word for this peer and others like it: EBFW_PEER_GROUPS"),
         (CLEARTEXT_CREDENTIALS, "boolean", "a plaintext request carried Authorization, Cookie or user info"),
         (FINDING, "string", "cleartext_credentials, obsolete_tls, no_post_quantum or dns_search"),

@@ -133,8 +133,8 @@ def base_url(event: Event) -> str:
 
 
 def peer(event: Event) -> Pairs:
-    """Depends on domain, name_source, dst, port, scope, role, transport, proxy, group and the exchange's scheme,
-    version and server_port."""
+    """Depends on domain, name_source, dst, port, scope, role, transport, proxy, group, redirected and the exchange's
+    scheme, version and server_port."""
     exchange = event.exchange
     return _present(
         (c.SERVER_ADDRESS, event.domain or event.dst),
@@ -147,6 +147,7 @@ def peer(event: Event) -> Pairs:
         (c.PEER_SCOPE, event.scope),
         (c.ROLE, event.role),
         (c.PEER_GROUP, event.group),
+        (c.PROXIED, event.redirected),
         (c.PROXY, event.proxy),
         (c.URL_SCHEME, exchange.scheme if exchange is not None else event.kind),
         (c.PROTOCOL_VERSION, exchange.version if exchange is not None else ""),
@@ -258,6 +259,7 @@ def where(event: Event) -> Pairs:
         (c.PEER_SCOPE, event.scope),
         (c.ROLE, event.role),
         (c.PEER_GROUP, event.group),
+        (c.PROXIED, event.redirected),
         (c.PROCESS_PID, event.pid),
         (c.PROCESS_EXECUTABLE, event.comm),
         (c.PROXY, event.proxy if event.kind in (HTTP, HTTPS, TLS) else ""),

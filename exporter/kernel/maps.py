@@ -105,6 +105,7 @@ class FlowKey(NamedTuple):
     role: int
     scope: int
     kind: int
+    redirected: int
     pad: int
 
 
@@ -122,7 +123,7 @@ _NAME = struct.Struct("<Q")
 _CONNECTIONS = struct.Struct("<8Q")
 _ZERO = (0,) * 12
 _NOTHING = _COUNTS.pack(*_ZERO)
-_NOBODY = wire.FLOW_KEY.pack(0, 0, bytes(16), 0, 0, 0, 0, wire.FLOW_OTHER, 0)
+_NOBODY = wire.FLOW_KEY.pack(0, 0, bytes(16), 0, 0, 0, 0, wire.FLOW_OTHER, 0, 0)
 _MADE = wire.TALLIES.index(("made", "flows"))
 _GROUP = 16  # slots compared at once
 
@@ -291,7 +292,7 @@ class FlowTable:
         bpf.map_update(self._fds["free_slots"], b"", struct.pack("<I", slot))
 
     def _fold(self, key: FlowKey, totals: tuple[int, ...]) -> None:
-        packed = wire.FLOW_KEY.pack(key.cgroup, 0, bytes(16), 0, key.transport, key.role, 0, wire.FLOW_OTHER, 0)
+        packed = wire.FLOW_KEY.pack(key.cgroup, 0, bytes(16), 0, key.transport, key.role, 0, wire.FLOW_OTHER, 0, 0)
         old = bpf.map_lookup(self._fds["folded"], packed, _COUNTS.size)
         values = _COUNTS.unpack(old) if old else _ZERO
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes as c
 import struct
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 STRIPES = 4
 NAME_SIZE = 256
 NAME_FROM_SNI, NAME_FROM_HOST = 1, 2
@@ -86,7 +86,7 @@ OUTCOMES = ("", "ok", "refused", "timed_out", "cancelled", "unreachable", "denie
 
 RECORD_TRUNCATED, RECORD_PROXIED, RECORD_HEAD_END, RECORD_LAST_CHUNK, RECORD_ABANDONED = 1, 2, 4, 8, 16
 RECORD_CUT, KEY_SHARE_KEPT = 32, 128
-RECORD_BROKEN, RECORD_EXCLUDED = 64, 128
+RECORD_BROKEN, RECORD_REDIRECTED, RECORD_EXCLUDED = 16, 64, 128
 
 Address = c.c_uint8 * 16
 
@@ -101,7 +101,8 @@ class FlowKey(c.Structure):
         ("role", c.c_uint8),
         ("scope", c.c_uint8),
         ("kind", c.c_uint8),
-        ("pad", c.c_uint16),
+        ("redirected", c.c_uint8),
+        ("pad", c.c_uint8),
     )
 
 
@@ -202,7 +203,7 @@ STRUCTS: dict[str, type[c.Structure]] = {
 
 # For the hot path: one call for all fields, in the order of struct record.
 RECORD = struct.Struct("<QQQQ16s16s16sIHHBBBBBBHQQQIIII")
-FLOW_KEY = struct.Struct("<QQ16sHBBBBH")
+FLOW_KEY = struct.Struct("<QQ16sHBBBBBB")
 FLOW_ROW = struct.Struct("<IIQ")
 EXECUTION = struct.Struct("<QII")
 assert RECORD.size == c.sizeof(Record)

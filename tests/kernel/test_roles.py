@@ -11,11 +11,12 @@ from collections import Counter
 
 import pytest
 
+from exporter.decode import address
 from exporter.events import ADDRESS, CLOSE, CONNECT, HTTP, Counts
 from exporter.kernel import wire
 from lab import Cgroup
 from lab.cgroup import cgroup2_root
-from lab.net import BLACKHOLE4, POD4, POD6, SERVERS4, VIRTUAL4, VIRTUAL6
+from lab.net import BLACKHOLE4, POD4, POD6, SERVERS4, SERVERS6, VIRTUAL4, VIRTUAL6
 from lab.servers import PORTS
 
 from .conftest import N, Packets, Place, Watch, add, attach, client, far_echo, sees_synacks6, server
@@ -167,22 +168,54 @@ def test_d1_dnat(asked, to, watch, run, lab, servers, capture):
     assert list(watch.rows) == [client(asked, 1001)]
     assert Packets(*watch.total[:4]) == dump.packets(*OURS)
     assert (watch.total.opened, watch.total.closed) == (N, N)
-    assert {(e.dst, e.port) for e in watch.events} == {(asked, 1001)}
+    assert {(e.dst, e.port, e.redirected) for e in watch.events} == {(asked, 1001, False)}
     log = servers.wait("tcp_echo", "closed", before + N)[before:]
     assert [(line["rx"], line["tx"]) for line in log] == [(50, 50)] * N
 
 
 @pytest.mark.core
-def test_d1_redirect(watch, run, lab):
-    """As with a mesh's sidecar: what goes to anybody ends at a port of our own."""
-    with far_echo(lab.pods, "0.0.0.0", socket.SOCK_STREAM) as port:
-        lab.redirect(VIRTUAL4, 1002, port)
-        run(TCP_CLIENT, peer=VIRTUAL4, port=1002, n=N)
-        watch.until(lambda w: w.row(client(VIRTUAL4, 1002)).closed == N)
-    assert list(watch.rows) == [client(VIRTUAL4, 1002)]
-    assert (watch.total.opened, watch.total.closed, watch.total.refused) == (N, N, 0)
-    assert watch.total.tx_bytes > N * 50 < watch.total.rx_bytes
-    assert {(e.dst, e.port) for e in watch.events} == {(VIRTUAL4, 1002)}
+@pytest.mark.parametrize(("asked", "local"), [(VIRTUAL4, "0.0.0.0"), (VIRTUAL6, "::")], ids=["IPv4", "IPv6"])
+def test_d1_redirect(asked, local, watch, run, lab, servers):
+    """As with a mesh's sidecar: what goes to anybody ends at a port of our own, and is marked; what the sidecar sends
+    on is not."""
+    onward = client(SERVERS6[0] if ":" in asked else SERVERS4[0], PORTS["tcp_echo"])
+    with far_echo(lab.pods, local, socket.SOCK_STREAM) as port:
+        lab.redirect(asked, 1002, port)
+        run(TCP_CLIENT, peer=asked, port=1002, n=N)
+        run(TCP_CLIENT, peer=onward.peer, port=onward.port, n=N)
+        watch.until(lambda w: w.row(client(asked, 1002)).closed == w.row(onward).closed == N)
+    assert list(watch.rows) == [client(asked, 1002), onward]
+    assert {address(key.peer): key.redirected for key in watch.moved} == {asked: 1, onward.peer: 0}
+    assert (watch.total.opened, watch.total.closed, watch.total.refused) == (2 * N, 2 * N, 0)
+    assert watch.row(client(asked, 1002)).tx_bytes > N * 50 < watch.row(client(asked, 1002)).rx_bytes
+    told = Counter((e.kind, e.dst, e.port, e.redirected) for e in watch.events)
+    assert told == {(kind, *place, mark): N for kind in ("connect", "close")
+                    for place, mark in (((asked, 1002), True), ((onward.peer, onward.port), False))}  # fmt: skip
+
+
+def test_d1_udp_redirect(watch, run, lab, servers):
+    """As with a mesh that takes DNS, too. The socket's next peer is another matter."""
+    with far_echo(lab.pods, "0.0.0.0", socket.SOCK_DGRAM) as port:
+        lab.redirect(VIRTUAL4, 1006, port, protocol="udp")
+        run(
+            """
+s = make(A["peer"], UDP)
+for i in range(A["n"]):
+    s.sendto(bytes(10), (A["peer"], 1006))
+    s.recv(100)
+    s.sendto(bytes(10), (A["other"], A["port"]))
+    s.recv(100)
+""",
+            peer=VIRTUAL4,
+            other=SERVERS4[0],
+            port=PORTS["udp_echo"],
+            n=N,
+        )
+        watch.until(lambda w: w.total.rx_packets == 2 * N)
+    expected = Counts(N * 38, N, N * 38, N)
+    assert watch.rows == {client(peer, port, transport="udp"): expected
+                          for peer, port in ((VIRTUAL4, 1006), (SERVERS4[0], PORTS["udp_echo"]))}  # fmt: skip
+    assert {address(key.peer): key.redirected for key in watch.moved} == {VIRTUAL4: 1, SERVERS4[0]: 0}
 
 
 @pytest.mark.parametrize("connected", [True, False], ids=["connected", "unconnected"])

@@ -138,7 +138,7 @@ def test_records_have_the_attributes_that_the_table_says() -> None:
     }  # fmt: skip
     for event_type in registry.EVENTS:
         got: set[str] = set()
-        for event in [one._replace(group="g", credentials=True) for one in events[event_type.name]]:
+        for event in [one._replace(group="g", credentials=True, redirected=True) for one in events[event_type.name]]:
             # a new destination is told once
             for note in (Note(event, first_seen=True), Note(event, repeats=2))[: 1 if event.kind == "new" else 2]:
                 made = record(note)

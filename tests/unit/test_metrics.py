@@ -123,6 +123,15 @@ def test_special_rows_d2_d5() -> None:
     }
 
 
+def test_d1_what_goes_to_a_sidecar_can_be_left_out_of_totals() -> None:
+    metrics, _ = make()
+    for redirected, size in ((True, 100), (False, 103)):
+        metrics.add(flow(redirected=redirected), Counts(tx_bytes=size), 5)
+        metrics.observe(event(redirected=redirected, duration=1))
+    assert {key: n for key, n in read(metrics, c.NETWORK_IO, c.PROXIED).items() if n} == {(True,): 100, ("",): 103}
+    assert [dict(labels).get(c.PROXIED) for labels in histogram(metrics, c.CONNECT_TIME)] == [True, None]
+
+
 def test_without_a_name_the_address_is_the_server() -> None:
     metrics, _ = make()
     metrics.add(flow("", name_source="address"), Counts(tx_bytes=1), 5)

@@ -390,7 +390,7 @@ def test_what_waits_is_bounded_and_expires() -> None:
 def test_spans_have_the_attributes_that_the_table_says() -> None:
     """Both ways: nothing that is not in it, and nothing in it that never comes."""
     more: dict[str, Any] = {"method": "BREW", "proxy": "p:1", "headers": (("user-agent", "x"), ("a", "b"))}
-    more["group"] = "g"
+    more |= (beside := {"group": "g", "redirected": True})
     plain = outcome(status=500, partial="lost")._replace(**more)
     call = outcome(status=200, partial="lost", grpc_status=12)._replace(**more, path="/a.B/C")
     maker = records(template=lambda event: "/t", allowed=frozenset(("a", "user-agent")))
@@ -398,10 +398,10 @@ def test_spans_have_the_attributes_that_the_table_says() -> None:
     assert HELLO.tls is not None
     alarm = HELLO.tls._replace(alert="x", quic="1", resumed=False)
     (chain,) = told(
-        *(one._replace(group="g") for one in (FOUND, EVENT, HELLO._replace(tls=alarm, proxy="p:1"))), mode=setup.ALL
+        *(one._replace(**beside) for one in (FOUND, EVENT, HELLO._replace(tls=alarm, proxy="p:1"))), mode=setup.ALL
     )
     root, _, _, tls = (set(attributes(span)) for span in encoded([chain]))
-    (nameless,), (refused,) = told(LOOKUP._replace(group="g")), told(EVENT._replace(status="refused", group="g"))
+    (nameless,), (refused,) = told(LOOKUP._replace(**beside)), told(EVENT._replace(status="refused", **beside))
     lookup, connect = set(attributes(encoded([nameless])[1])), set(attributes(encoded([refused])[1]))
     found = [http, rpc, root, lookup | {c.DNS_ANSWERS, c.DNS_SEARCH_EXPANSION}, connect, tls]
     for span_type, got in zip(registry.SPANS, found, strict=True):
