@@ -4,7 +4,7 @@
  * included files, and rewrites pointer accesses only here, which nothing in this file needs.
  *
  * Each program returns 1 (go on) whatever happens: this version observes.
- * EBFW_PART splits it in two halves that compile side by side, since the egress program takes as long as all others.
+ * EBFW_PART splits it in two halves that compile side by side, each about as long.
  * Where each is attached, and what is lost without it: exporter/kernel/probes.py.
  */
 #include "wire.h"
@@ -13,7 +13,7 @@
 #include "tls.h"
 #include "processes.h"
 
-#if EBFW_PART != 2
+#if EBFW_PART != 1
 int ebfw_connect4(struct bpf_sock_addr *ctx)
 {
 	u8 peer[16] __attribute__((aligned(8)));
@@ -51,9 +51,6 @@ int ebfw_sockops(struct bpf_sock_ops *ctx)
 	return tcp_event(ctx);
 }
 
-#endif
-
-#if EBFW_PART != 1
 int ebfw_egress(struct __sk_buff *skb)
 {
 	return packet_out(skb);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("check", "report what this host allows, feature by feature, and the size of every map"),
         ("detach", "remove the programs, links and maps that ebfw pinned; safe to run twice"),
+        ("compile", "compile the BPF programs for later starts, which then take no compiler's seconds: for images"),
         ("version", "print the version"),
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
@@ -153,12 +155,24 @@ def _run(command: str, config: str | None) -> int:
     from exporter.health import start_log
 
     start_log(settings.log_level, sys.stderr)
+    if command == "compile":
+        return _compile(settings.cache_path)
     if command != "check":  # check runs without root too: that root is missing is one of its answers
         _need_privilege(command)
 
     from exporter.agent import check, detach, run
 
     return {"run": run, "check": check, "detach": detach}[command](settings)
+
+
+def _compile(cache: Path | None) -> int:
+    from exporter.kernel import build
+
+    if cache is None:
+        raise SettingsError("EBFW_CACHE_PATH is empty: name the folder in which the compiled programs are to be kept")
+    began = time.monotonic()
+    print(f"{build.fill(cache)} ({time.monotonic() - began:.1f} s)")
+    return EXIT_OK
 
 
 def _inventory(options: argparse.Namespace) -> int:

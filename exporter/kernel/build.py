@@ -21,14 +21,9 @@ from pathlib import Path
 
 from exporter.errors import KernelError
 
-# By EBFW_PART in ebfw.bpf.c: two children compile side by side, since egress takes as long as all the others.
+# By EBFW_PART in ebfw.bpf.c: two children compile side by side, each about as long.
 PARTS: dict[int, tuple[str, ...]] = {
     1: (
-        "ebfw_connect4",
-        "ebfw_connect6",
-        "ebfw_sendmsg4",
-        "ebfw_sendmsg6",
-        "ebfw_sockops",
         "ebfw_ingress",
         "ebfw_frames_out",
         "ebfw_frames_in",
@@ -47,7 +42,14 @@ PARTS: dict[int, tuple[str, ...]] = {
         "ebfw_go_close",
         "ebfw_exec",
     ),
-    2: ("ebfw_egress",),
+    2: (
+        "ebfw_connect4",
+        "ebfw_connect6",
+        "ebfw_sendmsg4",
+        "ebfw_sendmsg6",
+        "ebfw_sockops",
+        "ebfw_egress",
+    ),
 }
 
 
@@ -79,6 +81,17 @@ def programs(cache: Path | None = None) -> dict[str, bytes]:
         code = compile_programs()
         _keep(file, code)
     return code
+
+
+def fill(cache: Path) -> str:
+    """Have the instructions in `cache`; the file. Raises KernelError where it cannot be written or did not compile."""
+    programs(cache)
+    file = cache / f"programs-{_recipe()}.json"
+    if _kept(file) is None:
+        raise KernelError(
+            f"the compiled programs cannot be kept in {cache}: only its owner, the agent's user, may write there"
+        )
+    return str(file)
 
 
 def _recipe() -> str:

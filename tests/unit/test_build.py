@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from exporter.errors import KernelError
 from exporter.kernel import build
 
 CODE = {name: bytes(8) for part in build.PARTS.values() for name in part}
@@ -69,3 +70,15 @@ def test_what_others_could_write_is_not_read(compiled: list[int], tmp_path: Path
 def test_a_place_that_cannot_be_written(compiled: list[int], tmp_path: Path) -> None:
     (tmp_path / "c").write_text("a file")
     assert build.programs(tmp_path / "c") == CODE
+
+
+def test_filled_for_later_starts(tmp_path: Path, compiled: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    """What `ebfw compile` does, in an image say; a folder that anybody may write is of no use, and said to be none."""
+    file = build.fill(tmp_path / "c")
+    assert Path(file).is_file()
+    assert build.fill(tmp_path / "c") == file
+    assert build.programs(tmp_path / "c") == CODE
+    assert compiled == [1]
+    (tmp_path / "c").chmod(0o777)
+    with pytest.raises(KernelError, match="cannot be kept"):
+        build.fill(tmp_path / "c")
