@@ -160,9 +160,13 @@ def _run(command: str, config: str | None) -> int:
     if command != "check":  # check runs without root too: that root is missing is one of its answers
         _need_privilege(command)
 
-    from exporter.agent import check, detach, run
+    if command == "run":
+        from exporter.agent import run
 
-    return {"run": run, "check": check, "detach": detach}[command](settings)
+        return run(settings)
+    from exporter.host import check, detach
+
+    return {"check": check, "detach": detach}[command](settings)
 
 
 def _compile(cache: Path | None) -> int:

@@ -1,4 +1,4 @@
-"""The composition root: the pipeline, in order. Also `ebfw check` and `ebfw detach`, which use the same parts.
+"""The composition root: the pipeline, in order.
 
 In: settings. Out: an exit status. Every stage is made here and handed what it needs; none reaches for another.
 """
@@ -6,7 +6,6 @@ In: settings. Out: an exit status. Every stage is made here and handed what it n
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import select
 import signal
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exporter import __version__, heap
+from exporter.clock import Clock
 from exporter.decode import address, decode, transport
 from exporter.emit import prometheus
 from exporter.emit.console import Console
@@ -28,15 +28,17 @@ from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
 from exporter.emit.routes import Routes
 from exporter.emit.setup import Setups
-from exporter.enrich import ContainerNames, HiddenNames, Names, PeerGroups, Workloads, find_root, root_problem
+from exporter.enrich import ContainerNames, HiddenNames, Names, PeerGroups, Workloads, find_root
 from exporter.errors import SettingsError
-from exporter.events import TLS, Counts, Event, Flow
+from exporter.events import Counts, Event, Flow
 from exporter.health import losses
 from exporter.inventory import Inventory
 from exporter.join import Join
-from exporter.kernel import maps, pins, preflight, wire
+from exporter.kernel import maps, wire
 from exporter.kernel.probes import Kernel
 from exporter.kernel.tls_processes import TlsProcesses
+from exporter.processes import Processes
+from exporter.scope import Watched, scope_of
 from exporter.settings import Settings
 
 log = logging.getLogger("ebfw")
@@ -48,7 +50,6 @@ HOUSEKEEPING_SECONDS = 5.0
 CLOCK_SECONDS = 1.0  # the wall clock is set while we run
 BATCH = 256  # records in one step of the pipeline,
 RECORDS = 100_000  # and until the pipeline looks at anything else
-NEW_PROCESSES = 64  # whose environment is looked at in one tick
 IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slot back
 
 
@@ -148,16 +149,15 @@ class Pipeline:
         )
         ways_out = ((self.console.active, self.console.write), (self.otlp.active, self.otlp.emit))
         self.outs = [take for active, take in ways_out if active]
-        self.tls = self._tls_processes(settings, root)
+        self.tls = None
+        if settings.uprobes and "ssl_write" in kernel.programs:
+            self.tls = TlsProcesses(kernel.programs, kernel.executions, kernel.cgroup, everywhere=kernel.cgroup == root)
+        self.processes = Processes(self.workloads, self.tls)
         self.alive = {workload.cgroup_id: workload for workload in self.workloads.live()}
         self.stopping = False
         self.refresh_wanted, self.refreshed = threading.Event(), threading.Event()
-        self.watched = inode(kernel.cgroup)
-        self.watching = True
-        self.met: set[int] = set()  # processes of the events since the last tick
-        self.hellos: list[int] = []  # and those of the TLS connections among them
+        self.watched = Watched(kernel.cgroup)
         self.filtered: dict[str, int] = {}  # what the kernel did not tell, by kind
-        self.looked_at: set[int] = set()  # for what they say of their workload
         self.next_fold = self.next_housekeeping = self.next_clock = 0.0
         metrics.gauge("ebfw.build.info", 1, version=__version__, kernel=platform.release())
 
@@ -189,8 +189,7 @@ class Pipeline:
             events = [event if event.filtered else groups.tag(event) for event in events]
             self.metrics.observe_all([groups.counted(event) for event in events])
         told = [redact(event, options) for event in events if not event.filtered]
-        self.met.update([event.pid for event in told])
-        self.hellos += [event.pid for event in told if event.kind == TLS and event.transport == "tcp"]
+        self.processes.meet(told)
         if self.inventory is not None:
             self.inventory.observe(told)
             if len(told) < len(events):
@@ -215,7 +214,7 @@ class Pipeline:
             wake.poll(TICK)
             self.workloads.poll()
             self.drain()
-            self._tell_of_processes()
+            self.processes.look()
             now = time.monotonic()
             if now >= self.next_clock:
                 self.next_clock = now + CLOCK_SECONDS
@@ -293,7 +292,9 @@ class Pipeline:
 
     def keep_house(self, now: float) -> None:
         """What is over is forgotten; what is new is found; the agent's own numbers."""
-        self._look_after_cgroup()
+        if gone := self.watched.gone():
+            self.unready[0] = gone
+            log.warning("%s", gone)
         self.names.expire(time.monotonic_ns())
         table = self.kernel.flow_table
         if table.free_idle(now, IDLE_FLOW_SECONDS):
@@ -303,7 +304,7 @@ class Pipeline:
             self.metrics.end(self.alive[cgroup_id])
         self.alive = alive
         self.metrics.expire()
-        self.looked_at.clear()
+        self.processes.forget()
         if self.groups is not None:
             self.groups.poll()
         if self.inventory is not None:
@@ -323,31 +324,6 @@ class Pipeline:
             self.metrics.gauge("ebfw.table.used", used, table=name)
             self.metrics.gauge("ebfw.table.size", size, table=name)
 
-    def _tls_processes(self, settings: Settings, root: Path) -> TlsProcesses | None:
-        programs, cgroup = self.kernel.programs, self.kernel.cgroup
-        if not settings.uprobes or "ssl_write" not in programs:
-            return None
-        return TlsProcesses(programs, self.kernel.executions, cgroup, everywhere=cgroup == root)
-
-    def _tell_of_processes(self) -> None:
-        """Who was met, and whose TLS connections began: the TLS library of one may have no probe yet, and it may say
-        what its workload is called. Of the latter a few at a time: a storm of short ones must not hold up the ring."""
-        met, hellos = self.met, self.hellos
-        self.met, self.hellos = set(), []
-        met.discard(0)
-        for pid in list(met - self.looked_at)[:NEW_PROCESSES]:
-            self.looked_at.add(pid)
-            self.workloads.look_at(pid)
-        if self.tls is not None:
-            self.tls.tell(met, hellos)
-
-    def _look_after_cgroup(self) -> None:
-        """The kernel detaches the programs when their cgroup is removed; one that is made again is another."""
-        if self.watching and (not self.watched or inode(self.kernel.cgroup) != self.watched):
-            self.watching = False
-            self.unready[0] = f"the cgroup {self.kernel.cgroup} is gone; nothing is watched until ebfw is started again"
-            log.warning("%s", self.unready[0])
-
     def _stop(self, *_: object) -> None:
         self.stopping = True
 
@@ -362,50 +338,6 @@ class Pipeline:
         self.console.close()
         self.workloads.close()
         self.containers.close()
-
-
-class Clock:
-    """From the kernel's clock (CLOCK_MONOTONIC) to wall time. The offset moves when the wall clock is set."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic_ns()
-        self.set()
-
-    def set(self) -> None:
-        """Read the offset again. Of a few readings the one that took least: between the two clocks we may have had to
-        wait for the CPU."""
-        readings = []
-        for _ in range(3):
-            before, wall, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
-            readings.append((after - before, wall - (before + after) // 2))
-        self._offset = min(readings)[1]
-
-    def wall(self, monotonic: int) -> int:
-        """Nanoseconds since the epoch."""
-        return monotonic + self._offset
-
-
-def inode(path: Path) -> int:
-    """0 where there is nothing."""
-    try:
-        return os.stat(path).st_ino
-    except OSError:
-        return 0
-
-
-def scope_of(settings: Settings, root: Path) -> Path:
-    """The cgroup subtree to watch: what is set, else the whole host."""
-    if settings.cgroup is None:
-        problem = root_problem(root)
-        if problem:
-            log.warning("%s", problem)
-        return root
-    cgroup = settings.cgroup
-    if not cgroup.is_dir():
-        raise SettingsError(f"cgroup: {cgroup} does not exist; cgroup2 is mounted at {root}")
-    if not (cgroup / "cgroup.procs").exists() or os.stat(cgroup).st_dev != os.stat(root).st_dev:
-        raise SettingsError(f"cgroup: {cgroup} is not in the cgroup2 tree, which is mounted at {root}")
-    return cgroup
 
 
 def serve_metrics(settings: Settings, metrics: Metrics, ready: Callable[[], str]) -> prometheus.Server | None:
@@ -430,44 +362,3 @@ def say_what_is_not_enforced(settings: Settings) -> None:
         log.warning("EBFW_POLICY=%s: this version enforces no policy; everything is observed only", settings.policy)
     elif settings.policy_source != "file":
         log.warning("EBFW_POLICY_SOURCE=%s: this version enforces no policy", settings.policy_source)
-
-
-def detach(settings: Settings) -> int:
-    """Remove everything that ebfw pinned: the break-glass."""
-    if settings.pin_path.is_dir() and pins.mounted_at(settings.pin_path) is not None:
-        lock = pins.Lock(settings.pin_path)
-        gone = pins.remove(settings.pin_path, lock.release)
-        print(f"removed {len(gone)} pinned objects from {settings.pin_path}")
-    else:
-        print(f"nothing is pinned at {settings.pin_path}")
-    return 0
-
-
-def check(settings: Settings) -> int:
-    """Say what this host allows, and the size of every map; 0 if the agent can run."""
-    root = find_root()
-    scope_of(settings, root)
-    status = preflight.report(
-        settings.cgroup,
-        root,
-        root_problem(root),
-        settings.pin_path,
-        settings.flows,
-        settings.ring_bytes,
-        sys.stdout,
-    )
-    _report_series(settings)
-    return status
-
-
-def _report_series(settings: Settings) -> None:
-    """What the agent that runs now, if one does, keeps for Prometheus."""
-    found = prometheus.series_of(*settings.metrics_addr) if settings.metrics_addr and settings.metrics_addr[1] else None
-    if found is None:
-        return
-    print(
-        f"\nseries: {sum(found.values()):,} instruments of workloads; a histogram counts once, its buckets come on top"
-    )
-    for name, count in sorted(found.items(), key=lambda pair: -pair[1]):
-        if count:
-            print(f"  {name:<40} {count:>7,}")

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,21 +38,21 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Settings]]:
     """The agent replaced by one that notes what it was called with and answers 0, 5 or 0."""
     made: list[tuple[str, Settings]] = []
-    agent = types.ModuleType("exporter.agent")
 
-    def entry(name: str, status: int) -> None:
+    def entry(name: str, status: int) -> Callable[[Settings], int]:
         def call(settings: Settings) -> int:
             made.append((name, settings))
             return status
 
-        setattr(agent, name, call)
+        return call
 
     for name in ("TERM", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    entry("run", 0)
-    entry("check", 5)
-    entry("detach", 0)
-    monkeypatch.setitem(sys.modules, "exporter.agent", agent)
+    for module, entries in (("agent", {"run": 0}), ("host", {"check": 5, "detach": 0})):
+        fake = types.ModuleType(f"exporter.{module}")
+        for name, status in entries.items():
+            setattr(fake, name, entry(name, status))
+        monkeypatch.setitem(sys.modules, fake.__name__, fake)
     return made
 
 
