@@ -106,14 +106,12 @@ INLINE void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	s->stride = 0;
 }
 
-INLINE void state_changed(struct bpf_sock_ops *ctx, struct socket *s)
+INLINE void connection_ended(struct bpf_sock_ops *ctx, struct socket *s)
 {
 	u32 before = ctx->args[0];
 	struct connections *c;
 	u8 outcome = OUTCOME_OK;
 
-	if (ctx->args[1] != STATE_CLOSE)
-		return;
 	if (before == STATE_SYN_SENT) {
 		connect_ended(s, 1);
 		return;
@@ -143,7 +141,7 @@ INLINE int tcp_event(struct bpf_sock_ops *ctx)
 	    op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_STATE_CB &&
 	    op != BPF_SOCK_OPS_RTO_CB && op != BPF_SOCK_OPS_RETRANS_CB)
 		return 1;
-	if (!sk)
+	if (!sk || (op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] != STATE_CLOSE))
 		return 1;
 	if (op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
 		accepted(ctx, sk);
@@ -174,7 +172,7 @@ INLINE int tcp_event(struct bpf_sock_ops *ctx)
 			ADD(c->retransmits, ctx->args[1]);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
-		state_changed(ctx, s);
+		connection_ended(ctx, s);
 		break;
 	}
 	return 1;
