@@ -265,7 +265,11 @@ class Pipeline:
             else:
                 losses.raise_to(stage, cause, total)  # type: ignore[arg-type]  # stages of wire.TALLIES
         self.hygiene.publish()
-        self.metrics.active_requests(self.join.open_requests())
+        self.metrics.active_requests(
+            (event if groups is None or event.filtered else groups.counted(groups.tag(event)), count)
+            for event, count in self.join.open_requests()
+            if not self.instrumented.own(event)
+        )
 
     def flow(self, key: maps.FlowKey) -> Flow:
         """A kernel row in words."""

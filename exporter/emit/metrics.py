@@ -225,7 +225,9 @@ class Metrics:
                         continue  # it tells its own (D12)
                     key = (
                         event.domain or event.dst,
-                        (exchange.server_port, exchange.scheme, event.port) if event.proxy else event.port,
+                        event.port
+                        if event.port and not event.proxy
+                        else (exchange.server_port, exchange.scheme, event.port),
                         event.method, exchange.status, exchange.error,
                         exchange.version, filtered, event.scope,
                     )  # fmt: skip
@@ -293,12 +295,15 @@ class Metrics:
                 if histogram is not None:
                     histogram.exemplify(exemplar)
 
-    def active_requests(self, counts: Iterable[tuple[Workload, str, str, int]]) -> None:
-        """HTTP requests without an answer yet: (workload, method, scheme, how many). Whoever is not in it has none."""
-        self.gauge_for(
-            c.HTTP_ACTIVE,
-            ((who, (method if method in c.HTTP_METHODS else "_OTHER", scheme), n) for who, method, scheme, n in counts),
-        )
+    def active_requests(self, counts: Iterable[tuple[Event, int]]) -> None:
+        """HTTP requests without an answer yet: one of each kind, and how many. What is not in it is 0 from now on."""
+        rows: list[tuple[Workload, tuple[Value, ...], float]] = []
+        for event, count in counts:
+            if self.instrumented is None or not self.instrumented(event.workload):
+                method = event.method if event.method in c.HTTP_METHODS else "_OTHER"
+                scheme = event.exchange.scheme if event.exchange is not None else event.kind
+                rows.append((event.workload, (method, *_server(event), scheme), count))
+        self.gauge_for(c.HTTP_ACTIVE, rows)
 
     def count_for(self, workload: Workload, metric: c.Metric, values: tuple[Value, ...], amount: float = 1) -> None:
         """Add to a counter of a workload's. `values`: of the metric's attributes, in their order, "" where absent."""
@@ -420,8 +425,7 @@ class Metrics:
             return [(_TLS, (name, tls.version, handshake_error(event), event.scope if event.filtered else ""))]
         if exchange is None:
             return [(_RTT, (event.scope,))]
-        port: Value = "" if event.filtered else server_port(event)
-        scope = event.scope if event.filtered else ""
+        name, port, scope = _server(event)
         error = exchange.error or (str(exchange.status) if exchange.status >= 400 else "")
         method = event.method if event.method in c.HTTP_METHODS else "_OTHER"
         values = (method, name, port, exchange.status or "", error, exchange.version, scope)
@@ -485,6 +489,13 @@ class Metrics:
         histogram.beside(value)
         if self._store.exemplars == ALWAYS_ON:
             histogram.exemplify(Exemplar(value, event.time + (event.duration or 0)))
+
+
+def _server(event: Event) -> tuple[str, Value, str]:
+    """Whom a request is for: server.address, server.port and, of what is excluded, the scope instead."""
+    if event.filtered:
+        return c.EXCLUDED, "", event.scope
+    return event.domain or event.dst, server_port(event), ""
 
 
 def handshake_error(event: Event) -> str:

@@ -292,7 +292,8 @@ HTTP_RESPONSE_SIZE = Metric(
     _HTTP, _SIZE_BOUNDS, more=_HTTP_MORE, opt_in=True,
 )  # fmt: skip
 HTTP_ACTIVE = Metric(
-    "http.client.active_requests", "{request}", UPDOWN, "Number of active HTTP requests.", (HTTP_METHOD, URL_SCHEME),
+    "http.client.active_requests", "{request}", UPDOWN, "Number of active HTTP requests.",
+    (HTTP_METHOD, SERVER_ADDRESS, SERVER_PORT, PEER_SCOPE, URL_SCHEME),
 )  # fmt: skip
 RPC_TIME = Metric(
     "rpc.client.call.duration", "s", HISTOGRAM, "Duration of outbound remote procedure calls (gRPC).",
