@@ -9,7 +9,7 @@ clock is passed in. Not its job: hiding secrets (redact), counting packets (the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 from exporter import decode, events
@@ -297,6 +297,20 @@ class Join:
             count[0] += 1
         for one, count in alike.values():
             yield self._exchange(one) if isinstance(one, Ended) else self._http2_exchange(one), count[0]
+
+    def busy(self, known: Container[int]) -> Iterator[tuple[int, Event | None]]:
+        """Sockets on which a request waits for the end of its response: the cookie and, unless `known` has it, the
+        request as an event without an outcome."""
+        seen = set()
+        for one in self._under_way():
+            cookie = one.first.cookie if isinstance(one, Ended) else one.context.cookie
+            if cookie in seen or cookie >> 63:  # what TLS libraries were handed
+                continue
+            seen.add(cookie)
+            if cookie in known:
+                yield cookie, None
+            else:
+                yield cookie, self._exchange(one) if isinstance(one, Ended) else self._http2_exchange(one)
 
     def _under_way(self) -> Iterator[Ended | Finished[Sighting]]:
         for ended in self._exchanges.open():

@@ -88,7 +88,7 @@ class Metrics:
         wall: Callable[[], int] = time.time_ns,
     ) -> None:
         chosen = _chosen("EBFW_METRICS_ATTRIBUTES", attributes, {name for m in c.WORKLOAD_METRICS for name in m.more})
-        wanted = _chosen("EBFW_METRICS_OPT_IN", opt_in, {m.name for m in c.WORKLOAD_METRICS if m.opt_in})
+        self.wanted = _chosen("EBFW_METRICS_OPT_IN", opt_in, {m.name for m in c.WORKLOAD_METRICS if m.opt_in})
         self._store = Store(resources, Layout(chosen), level, (limit, total, dns_limit), clock, wall)
         self._agent, self._wall = resources.agent, wall
         self.refresh: Callable[[], None] = lambda: None  # before a snapshot: have the newest counters added
@@ -99,7 +99,7 @@ class Metrics:
         self.instrumented: Callable[[Workload], bool] | None = None  # whose requests are none of ours
         self.routes = routes  # of whoever else wants templates: one book for all
         self._routes = routes if self._template else None
-        self._more = tuple(index for index in _HTTP_MORE if c.WORKLOAD_METRICS[index].name in wanted)
+        self._more = tuple(index for index in _HTTP_MORE if c.WORKLOAD_METRICS[index].name in self.wanted)
         self._tick, self._exemplified = 0.0, 0
         self._lock = threading.Lock()
         self._told: defaultdict[str, int] = defaultdict(int)
@@ -310,6 +310,20 @@ class Metrics:
         with self._lock:
             state = self._store.know(workload).state
             self._store.series(state, IX[metric], values).cells[0] += amount
+
+    def record_for(
+        self, workload: Workload, metric: c.Metric, values: tuple[Value, ...], value: float, time_ns: int
+    ) -> None:
+        """Put a value, which came about at `time_ns`, into a histogram of a workload's. `values` as in count_for."""
+        with self._lock:
+            state = self._store.know(workload).state
+            histogram: Histogram = self._store.series(state, IX[metric], values)
+            histogram.cells[bisect_left(histogram.bounds, value)] += 1
+            histogram.cells[-1] += value
+            if histogram.extra:
+                histogram.beside(value)
+                if self._store.exemplars == ALWAYS_ON:
+                    histogram.exemplify(Exemplar(value, time_ns))
 
     def gauge_for(self, metric: c.Metric, rows: Iterable[tuple[Workload, tuple[Value, ...], float]]) -> None:
         """Set a gauge of all workloads: (workload, values as in count_for, value); rows with the same series add up.
