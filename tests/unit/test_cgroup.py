@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.enrich import cgroup
-from exporter.enrich.cgroup import Workloads, find_root, is_host_root, is_static_pod, parse, root_problem
+from exporter.enrich.cgroup import Workloads, find_root, is_host_root, root_problem
+from exporter.enrich.cgroup_path import is_static_pod, parse
 from exporter.enrich.names import ContainerNames
 from exporter.errors import Unsupported
 from exporter.events import Workload
