@@ -29,6 +29,7 @@ from exporter.enrich.cgroup_path import parse
 from exporter.enrich.names import ContainerInfo, ContainerNames
 from exporter.errors import NotPermitted, Unsupported
 from exporter.events import Workload
+from exporter.health import losses
 
 # --- the root ---------------------------------------------------------------------------------------------
 
@@ -135,6 +136,9 @@ class Workloads:
         self._tries: dict[int, int] = {}  # cgroup id -> processes whose environment was read
         self._watches: dict[int, str] = {}
         self._wds: dict[str, int] = {}
+        self._unwatched: set[str] = (
+            set()
+        )  # found no watch (fs.inotify.max_user_watches); in the tree by the last reading
         self._events: deque[tuple[int, int, str]] = deque()
         self._walk: Iterator[None] | None = None
         self._walked: set[str] = set()
@@ -149,7 +153,6 @@ class Workloads:
         self.throttled = 0  # of the misses: not even tried, too many in this second
         self.unseen = 0  # cgroups that were gone before their id could be read
         self.overflows = 0  # the inotify queue was full; the tree was scanned anew
-        self.unwatched = 0  # cgroups that found no watch (fs.inotify.max_user_watches)
         self.evicted = 0  # cgroups and tombstones dropped for want of room
         try:
             self._mount = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -323,7 +326,7 @@ class Workloads:
         for _ in self._walk:
             if time.monotonic() >= end:
                 return True
-        for path in (self._ids.keys() | self._wds.keys()) - self._walked:
+        for path in (self._ids.keys() | self._wds.keys() | self._unwatched) - self._walked:
             if not os.path.isdir(self._root + path):
                 self._remove(path)
         self._walk, self._walked = None, set()
@@ -359,12 +362,16 @@ class Workloads:
         wd = _libc.inotify_add_watch(self._inotify, os.fsencode(full), _IN_MASK)
         if wd >= 0:
             self._watches[wd], self._wds[path] = path, wd
+            self._unwatched.discard(path)
         elif ctypes.get_errno() in (errno.ENOSPC, errno.ENOMEM):
-            self.unwatched += 1
             self.watching = False
+            if path not in self._unwatched:  # each reading of the tree tries again
+                self._unwatched.add(path)
+                losses.add("attribution", "cgroup_unwatched")
 
     def _unwatch(self, path: str) -> None:
         # kernfs sends no IN_IGNORED for a removed directory: a watch left behind pins its inode for good.
+        self._unwatched.discard(path)
         wd = self._wds.pop(path, None)
         if wd is not None:
             del self._watches[wd]
