@@ -59,7 +59,7 @@ fmt: install-test ## format, and fix what ruff can fix
 	@$(PYTHON) -m ruff check --fix-only .
 	@$(PYTHON) -m ruff format .
 
-docs: install-test ## write the tables of docs/ anew from the code
+docs: install-test ## write the tables of docs/ anew from the code, and the examples that it shows
 	@$(PYTHON) -m scripts.reference
 
 install: ## only install: what demo and run need

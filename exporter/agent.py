@@ -19,6 +19,7 @@ from exporter import __version__, heap
 from exporter.clock import Clock
 from exporter.decode import address, decode, transport
 from exporter.emit import prometheus
+from exporter.emit.connections import CONNECTIONS, HttpConnections
 from exporter.emit.console import Console
 from exporter.emit.hygiene import Hygiene
 from exporter.emit.instrumented import Instrumented, own_cgroup
@@ -128,7 +129,8 @@ class Pipeline:
         self.inventory: Inventory | None = None
         if settings.inventory is not None:
             self.inventory = Inventory(settings.inventory, settings.node_name, self.workloads.lookup)
-        self.hygiene = Hygiene(metrics)
+        self.connections = HttpConnections(metrics, self._counted)
+        self.hygiene = Hygiene(metrics, self.connections)
         self.redaction = Options.of(settings)
         self.console = Console(sys.stdout, settings.output, settings.colour, settings.node_name)
         self.instrumented = Instrumented(settings.instrumented)
@@ -264,7 +266,18 @@ class Pipeline:
             else:
                 losses.raise_to(stage, cause, total)  # type: ignore[arg-type]  # stages of wire.TALLIES
         self.hygiene.publish()
-        self.metrics.active_requests(self.join.open_requests())
+        self.connections.publish(self.join.busy)
+        self.metrics.active_requests(
+            (counted, count)
+            for event, count in self.join.open_requests()
+            if (counted := self._counted(event)) is not None
+        )
+
+    def _counted(self, event: Event) -> Event | None:
+        """One that does not come through `tell`, as metrics are to see it; None for our own doing."""
+        if self.instrumented.own(event):
+            return None
+        return event if self.groups is None or event.filtered else self.groups.counted(self.groups.tag(event))
 
     def flow(self, key: maps.FlowKey) -> Flow:
         """A kernel row in words."""
@@ -317,6 +330,7 @@ class Pipeline:
             ("flows", len(table), table.flows),
             ("names", len(self.names), 65_536),
             ("joins", len(self.join), self.join.room),
+            ("http_connections", len(self.connections), CONNECTIONS),
             ("cgroups", len(self.workloads), 16_384),
             ("inventory", len(self.inventory or ()), 10_000),
             ("ring", int(self.kernel.ring.fill() * self.kernel.ring_bytes), self.kernel.ring_bytes),

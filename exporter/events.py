@@ -74,7 +74,7 @@ class Exchange(NamedTuple):
     sequence: int = 0  # the how-manieth request of its connection, from 1; 0 = not known
     partial: str = ""  # midway | lost: the connection is older than the agent, or a part of it was not seen
     tracestate: str = ""  # as the application sent it beside a valid traceparent
-    server_port: int = 0  # of the server that was asked, where a proxy stands between; 0 = the peer's
+    server_port: int = 0  # as the request names it, for where the peer is a proxy or not known; 0 = it names none
 
 
 class Tls(NamedTuple):

@@ -94,11 +94,14 @@ class Exchanges:
     def __len__(self) -> int:
         return len(self.heads) + len(self.waiting)
 
-    def open(self) -> Iterator[tuple[str, Sighting, Request]]:
-        """Requests that wait for the end of their response."""
+    def open(self) -> Iterator[Ended]:
+        """Requests that wait for the end of their response: as if they ended now, without an outcome."""
         for waiting in self.waiting.values():
             for one in waiting:
-                yield one.kind, one.first, one.request
+                request = one.request
+                scheme = "https" if one.kind == events.HTTPS else "http"
+                exchange = Exchange(request.version or "1.1", scheme, server_port=request.port or 0)
+                yield Ended(one.kind, one.first, request, exchange, None)
 
     # --- requests -------------------------------------------------------------------------------------------------
 

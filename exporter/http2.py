@@ -204,6 +204,12 @@ class Http2(Generic[Context]):
             return []
         return [self._finish(conn, stream, time, error) for stream in conn.streams.values()]
 
+    def open(self) -> Iterator[Finished[Context]]:
+        """Requests that wait for the end of their response, or send still: as if they were given up now."""
+        for conn in self.connections.values():
+            for stream in conn.streams.values():
+                yield self._finish(conn, stream, stream.seen, UNFINISHED)
+
     def expire(self, now: int) -> Iterator[Finished[Context]]:
         """Requests on which nothing has moved for STREAM_SECONDS. Looks once in ten seconds. `now` as the pieces'
         times."""

@@ -8,8 +8,8 @@ clock is passed in. Not its job: hiding secrets (redact), counting packets (the 
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 from exporter import decode, events
@@ -285,13 +285,42 @@ class Join:
             credentials=kind == events.HTTP and request.credentials,
         )
 
-    def open_requests(self) -> Iterator[tuple[Workload, str, str, int]]:
-        """Requests without the end of their response: (workload, method, scheme, how many)."""
-        counts = Counter(
-            (s.cgroup, request.method, kind) for kind, s, request in self._exchanges.open() if s.role != events.SERVER
-        )
-        for (cgroup, method, kind), count in counts.items():
-            yield self._who(cgroup), method, kind, count  # the kinds are called like the schemes
+    def open_requests(self) -> Iterator[tuple[Event, int]]:
+        """Requests without the end of their response: one of those that are alike, as an event without an outcome, and
+        how many these are."""
+        alike: dict[tuple[Any, ...], tuple[Ended | Finished[Sighting], list[int]]] = {}
+        for one in self._under_way():
+            if isinstance(one, Ended):
+                s, request = one.first, one.request
+                asked: tuple[Any, ...] = (one.kind, request.method, request.host, request.port, request.proxied)
+            else:
+                s, asked = one.context, (one.context.cookie >> 63, one.method, one.authority)
+            count = alike.setdefault((s.cgroup, s.pid, s.name, s.peer, s.port, *asked), (one, [0]))[1]
+            count[0] += 1
+        for one, count in alike.values():
+            yield self._exchange(one) if isinstance(one, Ended) else self._http2_exchange(one), count[0]
+
+    def busy(self, known: Container[int]) -> Iterator[tuple[int, Event | None]]:
+        """Sockets on which a request waits for the end of its response: the cookie and, unless `known` has it, the
+        request as an event without an outcome."""
+        seen = set()
+        for one in self._under_way():
+            cookie = one.first.cookie if isinstance(one, Ended) else one.context.cookie
+            if cookie in seen or cookie >> 63:  # what TLS libraries were handed
+                continue
+            seen.add(cookie)
+            if cookie in known:
+                yield cookie, None
+            else:
+                yield cookie, self._exchange(one) if isinstance(one, Ended) else self._http2_exchange(one)
+
+    def _under_way(self) -> Iterator[Ended | Finished[Sighting]]:
+        for ended in self._exchanges.open():
+            if ended.first.role != events.SERVER:
+                yield ended
+        for finished in self._http2.open():
+            if finished.context.role != events.SERVER:
+                yield finished
 
     def _closed(self, s: Sighting) -> None:
         """What was under way on a connection that is over: of most connections nothing."""
@@ -320,7 +349,8 @@ class Join:
         s = done.context
         who = self._who(s.cgroup)
         inside = s.cookie >> 63  # what TLS libraries were handed: no socket has such a number
-        domain, source = split_authority(done.authority)[0], events.HOST
+        domain, port = split_authority(done.authority)
+        source = events.HOST
         if not domain:
             domain, source = self.name(who, s.name, s.peer, s.time)
         return self._event(
@@ -346,6 +376,7 @@ class Join:
                 valid_traceparent(done.traceparent),
                 done.sequence,
                 done.partial,
+                server_port=port or 0,
             ),
             credentials=not inside and ("@" in done.authority or has_credentials(done.headers)),
         )

@@ -1,8 +1,9 @@
-"""Writes the tables of docs/telemetry.md and docs/configuration.md from the code: `python -m scripts.reference`.
+"""Writes the tables of docs/telemetry.md and docs/configuration.md from the code, and shows in the first the
+configurations that the tests run: `python -m scripts.reference`.
 
-In: exporter.emit.semconv and registry (what is told), exporter.settings and emit.otlp_settings (variables). Out: the
-text between each pair of marks in the two files; what people wrote around them stays. With `--check` nothing is
-written, and the exit status says whether something is stale: a test does the same.
+In: exporter.emit.semconv and registry (what is told), exporter.settings and emit.otlp_settings (variables), examples/.
+Out: the text between each pair of marks in the two files; what people wrote around them stays. With `--check` nothing
+is written, and the exit status says whether something is stale: a test does the same.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from exporter.emit import otlp_settings, registry
 from exporter.emit import semconv as c
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+EXAMPLES = DOCS.parent / "examples"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,13 +37,19 @@ def main(arguments: Sequence[str]) -> int:
 def made(path: Path) -> str:
     """The file as it should be."""
     text = path.read_text()
-    for name, table in TABLES.items():
-        begin, end = f"<!-- table: {name} -->", f"<!-- end of table: {name} -->"
+    parts = [(f"table: {name}", table) for name, table in TABLES.items()]
+    parts += [(f"example: {file.name}", partial(_example, file)) for file in sorted(EXAMPLES.glob("*.yaml"))]
+    for name, lines in parts:
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         if begin in text:
             before, _, rest = text.partition(begin)
             _, _, after = rest.partition(end)
-            text = "".join((before, begin, "\n\n", "\n".join(table()), "\n\n", end, after))
+            text = "".join((before, begin, "\n\n", "\n".join(lines()), "\n\n", end, after))
     return text
+
+
+def _example(path: Path) -> list[str]:
+    return ["```yaml", *path.read_text().splitlines(), "```"]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -15,13 +15,13 @@ units (semconv.py), series (metrics.py), seeing that a request carries credentia
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from exporter.emit import semconv as c
+from exporter.emit.connections import HttpConnections
 from exporter.emit.metrics import Metrics
 from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, OK, SERVER, TLS, Counts, Event, Flow, Workload
 
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 PORTS_SHOWN = 100
 PORTS_TOLD = 0.8  # of the range, in use towards one destination: a warning in the agent's log
 _OPEN = 65_536
-_CONNECTIONS = 8_192
 
 _OBSOLETE = frozenset(("1.1", "1.0", "ssl3"))
 _POST_QUANTUM = ("MLKEM", "KYBER")
@@ -50,15 +49,19 @@ _DNS_TIME, _CONNECT_TIME, _TLS_TIME, _REQUEST_TIME, _CONNECTIONS_CLOSED, _REQUES
 class Hygiene:
     """For one thread, the pipeline's. `port_range`: the file with the ephemeral ports' bounds."""
 
-    def __init__(self, metrics: Metrics, port_range: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> None:
-        self._metrics = metrics
+    def __init__(
+        self,
+        metrics: Metrics,
+        connections: HttpConnections,
+        port_range: Path = Path("/proc/sys/net/ipv4/ip_local_port_range"),
+    ) -> None:
+        self._metrics, self._connections = metrics, connections
         self._available = _ports(port_range)
         if self._available:
             metrics.gauge(c.PORTS_AVAILABLE.name, self._available)
         # Since the last publish(): by workload, and by number in _COUNTERS. Times are nanoseconds.
         self._counts: dict[int, tuple[Workload, list[int]]] = {}
-        self._carried: OrderedDict[int, int] = OrderedDict()  # requests so far, by the socket's cookie
-        self._closed: list[tuple[int, Workload]] = []
+        self._closed: list[Event] = []
         self._open: dict[tuple[int, str, int], list[Any]] = {}  # (cgroup, peer, port) -> workload, connections
         self._told: set[tuple[int, str, int]] = set()
 
@@ -71,7 +74,7 @@ class Hygiene:
                 continue
             kind, workload = event.kind, event.workload
             if kind == CLOSE:
-                self._closed.append((event.cookie, workload))
+                self._closed.append(event)
                 continue
             known = self._counts.get(workload.cgroup_id)
             if known is None:
@@ -92,24 +95,18 @@ class Hygiene:
             elif kind in (HTTP, HTTPS):
                 counts[_REQUEST_TIME] += event.duration or 0
                 if event.cookie and event.port:  # else only its TLS library is known, and not its connection's end
-                    self._carry(event)
+                    self._connections.carried(event)
                 if kind == HTTP:
                     counts[_CLEARTEXT] += 1
                     counts[_CLEARTEXT + 1] += event.credentials
-
-    def _carry(self, event: Event) -> None:
-        cookie, exchange = event.cookie, event.exchange
-        carried = self._carried.get(cookie, 0) + 1
-        self._carried[cookie] = carried if exchange is None else max(carried, exchange.sequence)
-        if len(self._carried) > _CONNECTIONS:
-            self._carried.popitem(last=False)
 
     def settle(self) -> None:
         """Count what closed: call it when all events of a reading of the ring are in. A request is told once it is
         over, which may be after its connection's end."""
         closed, self._closed = self._closed, []
-        for cookie, workload in closed:
-            if carried := self._carried.pop(cookie, 0):
+        for event in closed:
+            if carried := self._connections.closed(event):
+                workload = event.workload
                 counts = self._counts.setdefault(workload.cgroup_id, (workload, [0] * len(_COUNTERS)))[1]
                 counts[_CONNECTIONS_CLOSED] += 1
                 counts[_REQUESTS] += carried

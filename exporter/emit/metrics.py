@@ -88,7 +88,7 @@ class Metrics:
         wall: Callable[[], int] = time.time_ns,
     ) -> None:
         chosen = _chosen("EBFW_METRICS_ATTRIBUTES", attributes, {name for m in c.WORKLOAD_METRICS for name in m.more})
-        wanted = _chosen("EBFW_METRICS_OPT_IN", opt_in, {m.name for m in c.WORKLOAD_METRICS if m.opt_in})
+        self.wanted = _chosen("EBFW_METRICS_OPT_IN", opt_in, {m.name for m in c.WORKLOAD_METRICS if m.opt_in})
         self._store = Store(resources, Layout(chosen), level, (limit, total, dns_limit), clock, wall)
         self._agent, self._wall = resources.agent, wall
         self.refresh: Callable[[], None] = lambda: None  # before a snapshot: have the newest counters added
@@ -99,7 +99,7 @@ class Metrics:
         self.instrumented: Callable[[Workload], bool] | None = None  # whose requests are none of ours
         self.routes = routes  # of whoever else wants templates: one book for all
         self._routes = routes if self._template else None
-        self._more = tuple(index for index in _HTTP_MORE if c.WORKLOAD_METRICS[index].name in wanted)
+        self._more = tuple(index for index in _HTTP_MORE if c.WORKLOAD_METRICS[index].name in self.wanted)
         self._tick, self._exemplified = 0.0, 0
         self._lock = threading.Lock()
         self._told: defaultdict[str, int] = defaultdict(int)
@@ -229,7 +229,9 @@ class Metrics:
                         continue  # it tells its own (D12)
                     key = (
                         event.domain or event.dst,
-                        (exchange.server_port, exchange.scheme, event.port) if event.proxy else event.port,
+                        event.port
+                        if event.port and not event.proxy
+                        else (exchange.server_port, exchange.scheme, event.port),
                         event.method, exchange.status, exchange.error,
                         exchange.version, filtered, event.scope, event.redirected,
                     )  # fmt: skip
@@ -297,18 +299,35 @@ class Metrics:
                 if histogram is not None:
                     histogram.exemplify(exemplar)
 
-    def active_requests(self, counts: Iterable[tuple[Workload, str, str, int]]) -> None:
-        """HTTP requests without an answer yet: (workload, method, scheme, how many). Whoever is not in it has none."""
-        self.gauge_for(
-            c.HTTP_ACTIVE,
-            ((who, (method if method in c.HTTP_METHODS else "_OTHER", scheme), n) for who, method, scheme, n in counts),
-        )
+    def active_requests(self, counts: Iterable[tuple[Event, int]]) -> None:
+        """HTTP requests without an answer yet: one of each kind, and how many. What is not in it is 0 from now on."""
+        rows: list[tuple[Workload, tuple[Value, ...], float]] = []
+        for event, count in counts:
+            if self.instrumented is None or not self.instrumented(event.workload):
+                method = event.method if event.method in c.HTTP_METHODS else "_OTHER"
+                scheme = event.exchange.scheme if event.exchange is not None else event.kind
+                rows.append((event.workload, (method, *_server(event), scheme), count))
+        self.gauge_for(c.HTTP_ACTIVE, rows)
 
     def count_for(self, workload: Workload, metric: c.Metric, values: tuple[Value, ...], amount: float = 1) -> None:
         """Add to a counter of a workload's. `values`: of the metric's attributes, in their order, "" where absent."""
         with self._lock:
             state = self._store.know(workload).state
             self._store.series(state, IX[metric], values).cells[0] += amount
+
+    def record_for(
+        self, workload: Workload, metric: c.Metric, values: tuple[Value, ...], value: float, time_ns: int
+    ) -> None:
+        """Put a value, which came about at `time_ns`, into a histogram of a workload's. `values` as in count_for."""
+        with self._lock:
+            state = self._store.know(workload).state
+            histogram: Histogram = self._store.series(state, IX[metric], values)
+            histogram.cells[bisect_left(histogram.bounds, value)] += 1
+            histogram.cells[-1] += value
+            if histogram.extra:
+                histogram.beside(value)
+                if self._store.exemplars == ALWAYS_ON:
+                    histogram.exemplify(Exemplar(value, time_ns))
 
     def gauge_for(self, metric: c.Metric, rows: Iterable[tuple[Workload, tuple[Value, ...], float]]) -> None:
         """Set a gauge of all workloads: (workload, values as in count_for, value); rows with the same series add up.
@@ -425,8 +444,7 @@ class Metrics:
             return [(_TLS, (name, tls.version, handshake_error(event), event.scope if event.filtered else ""))]
         if exchange is None:
             return [(_RTT, (event.scope,))]
-        port: Value = "" if event.filtered else server_port(event)
-        scope = event.scope if event.filtered else ""
+        name, port, scope = _server(event)
         error = exchange.error or (str(exchange.status) if exchange.status >= 400 else "")
         method = event.method if event.method in c.HTTP_METHODS else "_OTHER"
         values = (method, name, port, exchange.status or "", error, exchange.version, scope, event.redirected or "")
@@ -493,6 +511,13 @@ class Metrics:
         histogram.beside(value)
         if self._store.exemplars == ALWAYS_ON:
             histogram.exemplify(Exemplar(value, event.time + (event.duration or 0)))
+
+
+def _server(event: Event) -> tuple[str, Value, str]:
+    """Whom a request is for: server.address, server.port and, of what is excluded, the scope instead."""
+    if event.filtered:
+        return c.EXCLUDED, "", event.scope
+    return event.domain or event.dst, server_port(event), ""
 
 
 def handshake_error(event: Event) -> str:

@@ -60,6 +60,7 @@ HTTP_METHOD: Final = "http.request.method"
 HTTP_METHOD_ORIGINAL: Final = "http.request.method_original"
 HTTP_REQUEST_HEADER: Final = "http.request.header."
 HTTP_STATUS: Final = "http.response.status_code"
+HTTP_CONNECTION_STATE: Final = "http.connection.state"
 URL_PATH: Final = "url.path"
 URL_QUERY: Final = "url.query"
 URL_SCHEME: Final = "url.scheme"
@@ -218,6 +219,10 @@ _DURATION_BOUNDS: Final = (
 )  # fmt: skip
 # Bodies: none at all, then in steps of four from a quarter of a KiB to 64 MiB.
 _SIZE_BOUNDS: Final = (0.0, *(float(1 << exponent) for exponent in range(8, 28, 2)))
+# The conventions' bounds for http.client.connection.duration.
+_LIFETIME_BOUNDS: Final = (
+    0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
+)  # fmt: skip
 # A round trip inside a zone takes 0.1-0.5 ms, across the world 300 ms: HTTP's bounds would not tell them
 # apart.
 _RTT_BOUNDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -293,7 +298,18 @@ HTTP_RESPONSE_SIZE = Metric(
     _HTTP, _SIZE_BOUNDS, more=_HTTP_MORE, opt_in=True,
 )  # fmt: skip
 HTTP_ACTIVE = Metric(
-    "http.client.active_requests", "{request}", UPDOWN, "Number of active HTTP requests.", (HTTP_METHOD, URL_SCHEME),
+    "http.client.active_requests", "{request}", UPDOWN, "Number of active HTTP requests.",
+    (HTTP_METHOD, SERVER_ADDRESS, SERVER_PORT, PEER_SCOPE, URL_SCHEME),
+)  # fmt: skip
+HTTP_OPEN_CONNECTIONS = Metric(
+    "http.client.open_connections", "{connection}", UPDOWN,
+    "Plaintext connections that carried HTTP requests and are not closed: active while a request waits, else idle.",
+    (HTTP_CONNECTION_STATE, SERVER_ADDRESS, SERVER_PORT, PEER_SCOPE), opt_in=True,
+)  # fmt: skip
+HTTP_CONNECTION_TIME = Metric(
+    "http.client.connection.duration", "s", HISTOGRAM,
+    "How long plaintext connections that carried HTTP requests lasted.",
+    (SERVER_ADDRESS, SERVER_PORT, PROTOCOL_VERSION, PEER_SCOPE), _LIFETIME_BOUNDS, opt_in=True,
 )  # fmt: skip
 RPC_TIME = Metric(
     "rpc.client.call.duration", "s", HISTOGRAM, "Duration of outbound remote procedure calls (gRPC).",
@@ -383,7 +399,8 @@ MEMORY = Metric("process.memory.usage", "By", UPDOWN, "Resident memory of the ag
 WORKLOAD_METRICS: Final = (
     NETWORK_IO, NETWORK_PACKETS, TCP_CONNECTIONS, TCP_FAILURES, TCP_RETRANSMITS, OPEN_CONNECTIONS, CONNECT_TIME, RTT,
     DNS_TIME, TLS_TIME, TLS_HANDSHAKES, HTTP_TIME, HTTP_FIRST_BYTE, HTTP_REQUEST_SIZE, HTTP_RESPONSE_SIZE, HTTP_ACTIVE,
-    RPC_TIME, FINDINGS, CHECKED, HYGIENE_CONNECTIONS, HYGIENE_REQUESTS, HYGIENE_TIME, PORTS_USED, WORKLOAD_INFO,
+    HTTP_OPEN_CONNECTIONS, HTTP_CONNECTION_TIME, RPC_TIME, FINDINGS, CHECKED,
+    HYGIENE_CONNECTIONS, HYGIENE_REQUESTS, HYGIENE_TIME, PORTS_USED, WORKLOAD_INFO,
 )  # fmt: skip
 AGENT_METRICS: Final = (
     EVENTS, FILTERED, ATTRIBUTION, UPROBE_ATTACHED, TLS_CONNECTIONS, RECORDS_LOST, EXPORTED, EXPORT_REQUESTS,
@@ -483,6 +500,7 @@ ATTRIBUTES: Final = (
         (FINDING, "string", "cleartext_credentials, obsolete_tls, no_post_quantum or dns_search"),
         (PHASE, "string", "dns, connect, tls or request"),
         (CONTAINER_IMAGE_NAME, "string", "the container's image, as its engine names it"),
+        (HTTP_CONNECTION_STATE, "string", "active: a request waits for its response; idle: none does"),
         (CONNECTION_STATE, "string", "opened or closed"),
         (CONNECTION_ID, "string", "joins what one connection did"),
         (CONNECTION_DURATION, "double", "how long the connection lasted, in seconds"),

@@ -116,9 +116,9 @@ def request_name(event: Event, template: str) -> str:
 
 
 def server_port(event: Event) -> int:
-    """Behind a proxy the server's own (D6), where that is known."""
+    """The peer's. Behind a proxy (D6), and where only a TLS library was seen, the one that the request names."""
     exchange = event.exchange
-    if not event.proxy or exchange is None:
+    if exchange is None or (event.port and not event.proxy):
         return event.port
     return exchange.server_port or _DEFAULT_PORTS.get(exchange.scheme, event.port)
 

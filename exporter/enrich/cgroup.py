@@ -1,14 +1,14 @@
 """cgroup id -> Workload: what the kernel says of a socket's owner, read as a pod, container, unit or session.
 
-In: the cgroup ids in the kernel's records; the cgroup2 tree. Out: `events.Workload`. Not its job: pods' names
-and labels (pods.py), the names of addresses (names.py), anything about processes.
+In: the cgroup ids in the kernel's records; the cgroup2 tree. Out: `events.Workload`. Not its job: what a path says
+(cgroup_path.py), pods' names and labels (pods.py), the names of addresses (names.py), anything about processes.
 
 A cgroup's id is the inode number of its directory and a kernfs file handle at once (Linux 5.5 and later), so
 an id becomes a path without a search. A removed cgroup has neither; therefore the tree is watched, ids are
 known before a first packet, and a removed one is remembered for TOMBSTONE seconds. inotify reports mkdir and
 rmdir of every process, in other cgroup namespaces too: all cgroup2 mounts share one superblock.
 
-The reason for its length: watch, cache and tombstones are one state machine, beside the grammar of paths.
+The reason for its length: watch, cache and tombstones are one state machine.
 """
 
 from __future__ import annotations
@@ -25,203 +25,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from exporter.enrich import environ
+from exporter.enrich.cgroup_path import parse
 from exporter.enrich.names import ContainerInfo, ContainerNames
 from exporter.errors import NotPermitted, Unsupported
 from exporter.events import Workload
-
-# --- a path, read -----------------------------------------------------------------------------------------
-
-RUNTIMES = {
-    "cri-containerd": "containerd",
-    "containerd": "containerd",
-    "nerdctl": "containerd",
-    "crio": "cri-o",
-    "docker": "docker",
-    "libpod": "podman",
-}
-# Of a bare <64 hex> the directory above tells the runtime, where it tells anything.
-PARENTS = {"docker": "docker", "libpod_parent": "podman", "default": "containerd", "moby": "docker"}
-
-UNIT_SUFFIXES = (".service", ".scope", ".socket", ".mount", ".swap")
-# Directories that people make inside a cgroup to hold its processes, because the cgroup itself may not.
-INNER = frozenset(("init", "payload", "container", "supervisor", "leaf", "tasks"))
-
-# systemd driver; after ':' the form of a runtime that uses cgroupfs under a kubelet that uses systemd.
-_POD_SLICE = re.compile(
-    r"(?:.*-)?kubepods(?:-(burstable|besteffort))?-pod([0-9A-Za-z_]+)\.slice(?::([a-z-]+):([0-9a-f]{64}))?"
-)
-_POD_DIR = re.compile(r"pod([0-9A-Za-z-]+)")  # cgroupfs driver, below kubepods[/burstable|/besteffort]
-_CONTAINER = re.compile(r"(?:([a-z][a-z0-9_.-]*?)-(?:(?:conmon|payload)-)?)?([0-9a-f]{64})(?:\.scope)?")
-_LXC = re.compile(r"lxc\.(?:payload|monitor)\.(.+)")
-_NSPAWN = re.compile(r"machine-(.+)\.scope|systemd-nspawn@(.+)\.service")
-_VM = re.compile(r"machine-qemu\\x2d\d+\\x2d(.+)\.scope")
-_USER = re.compile(r"user-(\d+)\.slice|user@(\d+)\.service")
-_SESSION = re.compile(r"session-[0-9a-z]+\.scope")
-_STATIC = re.compile(r"[0-9a-f]{32}")
-
-_ESCAPED = re.compile(r"(?:\\x[0-9a-f]{2})+")
-_TRANSIENT = re.compile(r"run-(?:r[0-9a-f]{32}|u\d+|p\d+-i\d+)\.(?:service|scope)")
-_ACCEPTED = re.compile(r"@\d+-.+:\d+-.+:\d+.*(?=\.service$)")  # Accept=yes: it names one connection
-_UNIT_ID = re.compile(
-    r"[-@.]?(?:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
-    r"|[0-9a-f]{32,64}(?:-[0-9a-f]+)?)(?=\.)"
-)
-_APP_ID = re.compile(r"-\d+(?=\.scope$)|@[0-9a-f]+(?=\.service$)")  # XDG: app-<launcher>-<id>-RANDOM
-_OPAQUE = re.compile(r"[0-9a-f]{24,}|[0-9a-f]{8}-[0-9a-f-]{27}|\d+")
-
-
-def parse(path: str, cgroup_id: int) -> Workload:
-    """Read `path`, a cgroup's path below the cgroup2 root, as a Workload. Pure; never fails.
-
-    kind is pod, container, unit, session, host (the root), or `cgroup`: one that somebody made by hand, named
-    by its last telling component.
-
-    A pod wins over everything, wherever it is in the path: the "node" of kind, k3d or minikube is a container
-    that holds pods. Otherwise the outermost container wins, and of two pods the outermost: that is what this
-    host's engine and API server know, and nothing inside a pod can pass for another pod. Who may make cgroups
-    outside of pods can pretend to be one: a container with a writable cgroup, or a user below
-    user@UID.service (`user_id` marks these). A monitor (conmon) belongs to the container that it monitors.
-
-    `pod_uid` of a static pod is the kubelet's hash of its manifest, not the UID that the API knows:
-    `is_static_pod` tells.
-    """
-    if not path.isprintable():
-        # Whoever may make a cgroup chooses its name, terminal escapes and invalid UTF-8 included.
-        path = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
-    parts = [part for part in path.split("/") if part]
-    if not parts:
-        return Workload(cgroup_id, "/", "host", "host")
-    path = "/" + "/".join(parts)
-    return _pod(parts, path, cgroup_id) or _container(parts, path, cgroup_id) or _unit(parts, path, cgroup_id)
-
-
-def is_static_pod(pod_uid: str) -> bool:
-    """Whether this pod UID, taken from a cgroup path, is a manifest hash and so unknown to the API server."""
-    return _STATIC.fullmatch(pod_uid) is not None
-
-
-def _pod(parts: list[str], path: str, cgroup_id: int) -> Workload | None:
-    for i, part in enumerate(parts):
-        runtime = container = ""
-        if match := _POD_SLICE.fullmatch(part):
-            qos, uid, prefix, container = (group or "" for group in match.groups())
-            uid, runtime = uid.replace("_", "-"), RUNTIMES.get(prefix, "")
-        elif match := _POD_DIR.fullmatch(part):
-            above = parts[max(0, i - 2) : i]
-            if above[-1:] == ["kubepods"]:
-                qos = ""
-            elif above[:1] == ["kubepods"] and above[1] in ("burstable", "besteffort"):
-                qos = above[1]
-            else:
-                continue
-            uid = match[1]
-        else:
-            continue
-        if not container:
-            for below in parts[i + 1 :]:
-                if match := _CONTAINER.fullmatch(below):
-                    runtime, container = RUNTIMES.get(match[1] or "", ""), match[2]
-                    break
-        return Workload(
-            cgroup_id,
-            path,
-            "pod",
-            f"pod-{uid[:8]}",
-            pod_uid=uid,
-            container_id=container,
-            runtime=runtime,
-            qos=qos or "guaranteed",
-            user_id=_user(parts[:i]),
-        )
-    return None
-
-
-def _container(parts: list[str], path: str, cgroup_id: int) -> Workload | None:
-    for i, part in enumerate(parts):
-        above = parts[i - 1] if i else ""
-        container = unit = ""
-        if match := _CONTAINER.fullmatch(part):
-            if above == "libpod_parent" and not match[1] and i + 1 < len(parts) and "libpod" in parts[i + 1]:
-                continue  # a Podman pod, which has no cgroup2 identity of its own; its container comes next
-            prefix, container = match[1] or "", match[2]
-            runtime, name = RUNTIMES.get(prefix) or PARENTS.get(above, ""), container[:12]
-            if runtime == "podman" and above.endswith(".service") and not _USER.fullmatch(above):
-                unit, name = above, _display(above)  # podman --cgroups=split, as Quadlet units have it
-        elif match := _LXC.fullmatch(part):
-            runtime, name = "lxc", match[1]
-        elif above in ("lxc", "lxc.payload", "lxc.monitor") and i == 1:
-            runtime, name = "lxc", part
-        elif (match := _NSPAWN.fullmatch(part)) and not _VM.fullmatch(part):
-            runtime, name, unit = "systemd-nspawn", _unescape(match[1] or match[2]), part
-        else:
-            continue
-        return Workload(
-            cgroup_id,
-            path,
-            "container",
-            name,
-            container_id=container,
-            runtime=runtime,
-            unit=unit,
-            user_id=_user(parts[:i]),
-        )
-    return None
-
-
-def _unit(parts: list[str], path: str, cgroup_id: int) -> Workload:
-    user_id = None
-    unit = ""
-    for part in parts:
-        if match := _USER.fullmatch(part):
-            user_id = int(match[1] or match[2])
-        if part.endswith(".slice"):
-            if not unit.endswith(".service"):
-                unit = part
-        elif _USER.fullmatch(part):
-            unit = part  # the user's manager, which has units of its own below
-        elif part.endswith(UNIT_SUFFIXES) and (not unit or unit.endswith(".slice") or _USER.fullmatch(unit)):
-            if part != "init.scope" or not _USER.fullmatch(unit):  # else the manager's own process
-                unit = part
-            break
-        elif unit.endswith(".service"):
-            break  # what a unit delegates belongs to it
-        else:
-            telling = (p for p in reversed(parts) if p not in INNER and not _OPAQUE.fullmatch(p))
-            name = _unescape(next(telling, parts[-1]))
-            return Workload(cgroup_id, path, "cgroup", name, user_id=user_id)
-    if user_id is not None and _SESSION.fullmatch(unit):
-        return Workload(cgroup_id, path, "session", f"user-{user_id}", unit=unit, user_id=user_id)
-    return Workload(cgroup_id, path, "unit", _display(unit), unit=unit, user_id=user_id)
-
-
-def _user(parts: list[str]) -> int | None:
-    for part in parts:
-        if match := _USER.fullmatch(part):
-            return int(match[1] or match[2])
-    return None
-
-
-def _display(unit: str) -> str:
-    """A unit's name for people: unescaped, and without the ids that systemd makes up for each start."""
-    if match := _VM.fullmatch(unit):
-        return _unescape(match[1])
-    if _TRANSIENT.fullmatch(unit):
-        return "systemd-run"
-    name = _UNIT_ID.sub("", _ACCEPTED.sub("@", unit))
-    if name.startswith("app-"):
-        name = _APP_ID.sub("", name)
-    return _unescape(name if not name.startswith(".") else "transient" + name)
-
-
-def _unescape(text: str) -> str:
-    """Undo systemd's \\xHH; what would not be printable stays escaped."""
-
-    def plain(match: re.Match[str]) -> str:
-        found = bytes.fromhex(match[0].replace("\\x", "")).decode("utf-8", "replace")
-        return found if found.isprintable() and "\ufffd" not in found else match[0]
-
-    return _ESCAPED.sub(plain, text)
-
+from exporter.health import losses
 
 # --- the root ---------------------------------------------------------------------------------------------
 
@@ -328,6 +136,9 @@ class Workloads:
         self._tries: dict[int, int] = {}  # cgroup id -> processes whose environment was read
         self._watches: dict[int, str] = {}
         self._wds: dict[str, int] = {}
+        self._unwatched: set[str] = (
+            set()
+        )  # found no watch (fs.inotify.max_user_watches); in the tree by the last reading
         self._events: deque[tuple[int, int, str]] = deque()
         self._walk: Iterator[None] | None = None
         self._walked: set[str] = set()
@@ -342,7 +153,6 @@ class Workloads:
         self.throttled = 0  # of the misses: not even tried, too many in this second
         self.unseen = 0  # cgroups that were gone before their id could be read
         self.overflows = 0  # the inotify queue was full; the tree was scanned anew
-        self.unwatched = 0  # cgroups that found no watch (fs.inotify.max_user_watches)
         self.evicted = 0  # cgroups and tombstones dropped for want of room
         try:
             self._mount = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -516,7 +326,7 @@ class Workloads:
         for _ in self._walk:
             if time.monotonic() >= end:
                 return True
-        for path in (self._ids.keys() | self._wds.keys()) - self._walked:
+        for path in (self._ids.keys() | self._wds.keys() | self._unwatched) - self._walked:
             if not os.path.isdir(self._root + path):
                 self._remove(path)
         self._walk, self._walked = None, set()
@@ -552,12 +362,16 @@ class Workloads:
         wd = _libc.inotify_add_watch(self._inotify, os.fsencode(full), _IN_MASK)
         if wd >= 0:
             self._watches[wd], self._wds[path] = path, wd
+            self._unwatched.discard(path)
         elif ctypes.get_errno() in (errno.ENOSPC, errno.ENOMEM):
-            self.unwatched += 1
             self.watching = False
+            if path not in self._unwatched:  # each reading of the tree tries again
+                self._unwatched.add(path)
+                losses.add("attribution", "cgroup_unwatched")
 
     def _unwatch(self, path: str) -> None:
         # kernfs sends no IN_IGNORED for a removed directory: a watch left behind pins its inode for good.
+        self._unwatched.discard(path)
         wd = self._wds.pop(path, None)
         if wd is not None:
             del self._watches[wd]

@@ -1,7 +1,7 @@
 """Names that the kernel does not know: of addresses (from DNS answers) and of containers (from the engine).
 
 In: DNS answers with the workload that received them; container ids. Out: the name which that workload asked
-for, by address; the container's name. Not its job: reading DNS packets (decode), cgroup paths (cgroup.py),
+for, by address; the container's name. Not its job: reading DNS packets (decode), cgroup paths (cgroup_path.py),
 asking anybody about an address: there is no reverse lookup, a name is only what the workload asked for.
 """
 

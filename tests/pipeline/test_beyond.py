@@ -135,3 +135,56 @@ def test_d22_credentials_in_the_clear_are_marked_and_never_shown(host: Host, wor
     assert metrics.rows("ebfw_hygiene_time_seconds_total", service_name="shop", ebfw_hygiene_phase="connect")
     assert metrics.total("ebfw_hygiene_ports_available") > 1000
     assert secret not in agent.output + agent.log + metrics.text
+
+
+# COUNT connections to ADDRESS, each with two requests. Told by a line, WAITING of them begin a third, whose body never
+# comes whole. All stay open until standard input ends.
+HTTP = """
+import socket, sys
+address, count, waiting = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+sockets = [socket.create_connection((address, 80), 10) for _ in range(count)]
+for s in sockets:
+    for _ in range(2):
+        s.sendall(b"GET /bytes/100 HTTP/1.1\\r\\nHost: inside.lab.example\\r\\n\\r\\n")
+        answer = b""
+        while len(answer.partition(b"\\r\\n\\r\\n")[2]) < 100:
+            answer += s.recv(4096)
+print("answered")
+sys.stdin.readline()
+for s in sockets[:waiting]:
+    s.sendall(b"POST /echo HTTP/1.1\\r\\nHost: inside.lab.example\\r\\nContent-Length: 10\\r\\n\\r\\nhalf")
+sys.stdin.read()
+"""
+
+
+def test_connections_that_carried_requests(host: Host, world: World) -> None:
+    """23 connections in, 23 open, active or idle, exactly 23 durations out. Requests that wait say for whom."""
+    waiting = 11
+    wanted = "http.client.open_connections,http.client.connection.duration"
+    agent = host.start(**settings(host, EBFW_METRICS_OPT_IN=wanted)).ready()
+    server = {"service_name": "shop", "server_address": "inside.lab.example", "server_port": "80"}
+    opened = "http_client_open_connections"
+    client = world.popen(host.shop, HTTP, SERVER, str(N), str(waiting))
+    assert client.stdout is not None
+    assert client.stdin is not None
+    assert client.stdout.readline() == "answered\n"
+    world.python(host.shop, TCP, SERVER, str(PORTS["tcp_echo"]), "3")  # carry no requests
+    eventually(lambda: agent.metrics().total(opened, http_connection_state="idle", **server) == N)
+    page = agent.metrics()
+    assert page.total(opened) == page.total(opened, **server) == N
+    assert page.total("http_client_connection_duration_seconds_count") == 0
+    client.stdin.write("\n")
+    client.stdin.flush()
+    eventually(lambda: agent.metrics().total(opened, http_connection_state="active", **server) == waiting)
+    page = agent.metrics()
+    assert page.total(opened, http_connection_state="idle", **server) == N - waiting
+    active = {**server, "http_request_method": "POST", "url_scheme": "http"}
+    assert page.total("http_client_active_requests") == page.total("http_client_active_requests", **active) == waiting
+    client.communicate()
+    eventually(lambda: agent.metrics().total(opened) == 0)
+    page = agent.settled()
+    assert page.total("http_client_active_requests") == 0
+    lasted = "http_client_connection_duration_seconds_count"
+    assert page.total(lasted) == page.total(lasted, network_protocol_version="1.1", **server) == N
+    assert page.total("ebfw_hygiene_http_requests_total", service_name="shop") == 2 * N + waiting
+    assert not [row for row in page.rows("ebfw_records_lost_total") if row.value]

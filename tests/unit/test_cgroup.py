@@ -6,6 +6,8 @@ counts, nothing else is looked at.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import http.server
 import json
 import os
@@ -15,13 +17,19 @@ import time
 import timeit
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exporter import health
+from exporter.emit import semconv as c
+from exporter.emit.metrics import Metrics
+from exporter.emit.resource import Resources
 from exporter.enrich import cgroup
-from exporter.enrich.cgroup import Workloads, find_root, is_host_root, is_static_pod, parse, root_problem
+from exporter.enrich.cgroup import Workloads, find_root, is_host_root, root_problem
+from exporter.enrich.cgroup_path import is_static_pod, parse
 from exporter.enrich.names import ContainerNames
 from exporter.errors import Unsupported
 from exporter.events import Workload
@@ -491,6 +499,47 @@ def test_tables_are_bounded(tree: Path, workloads: Workloads, monkeypatch: pytes
     workloads.poll()
     workloads.scan()
     assert set(workloads._wds) == set(workloads._ids) == {""}
+
+
+def test_cgroups_without_a_watch_are_a_counted_loss_each_once(
+    tree: Path, workloads: Workloads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fs.inotify.max_user_watches is used up: they are found by reading the tree, and short ones may be missed."""
+    metrics = Metrics(Resources("n1"), losses=health.Losses(), features=health.Features())
+    monkeypatch.setattr(cgroup, "losses", metrics._losses)
+    workloads.scan()
+    real, full = cgroup._libc, True
+
+    class Libc:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def inotify_add_watch(self, *arguments: Any) -> int:
+            if not full:
+                return int(real.inotify_add_watch(*arguments))
+            ctypes.set_errno(errno.ENOSPC)
+            return -1
+
+    def lost() -> int:
+        key = (("ebfw.stage", "attribution"), ("ebfw.cause", "cgroup_unwatched"))
+        points = next(points for metric, points in metrics.snapshot().by_metric() if metric is c.RECORDS_LOST)
+        return int(sum(point.value for _, point in points if point.attributes == key))
+
+    monkeypatch.setattr(cgroup, "_libc", Libc())
+    for n in range(23):
+        make(tree / f"c{n}")
+    for _ in range(3):
+        workloads.scan()
+    assert lost() == 23
+    assert not workloads.watching
+    for n in range(11):
+        (tree / f"c{n}").rmdir()
+    workloads.scan()
+    assert len(workloads._unwatched) == 12
+    full = False
+    workloads.scan()
+    assert workloads._unwatched == set()
+    assert lost() == 23
 
 
 def test_a_hit_is_cheap(tree: Path, workloads: Workloads) -> None:

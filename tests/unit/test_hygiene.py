@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from exporter import health
+from exporter.emit import connections
 from exporter.emit import hygiene as module
 from exporter.emit import semconv as c
+from exporter.emit.connections import HttpConnections
 from exporter.emit.console import JsonFormat, TextFormat
 from exporter.emit.hygiene import Hygiene
 from exporter.emit.logs import Notable, record
@@ -30,7 +32,8 @@ class World:
     def __init__(self, port_range: Path) -> None:
         self.metrics = Metrics(Resources("n1"), losses=health.Losses(), features=health.Features())
         port_range.write_text("32768\t60999\n")
-        self.hygiene = Hygiene(self.metrics, port_range)
+        self.connections = HttpConnections(self.metrics)
+        self.hygiene = Hygiene(self.metrics, self.connections, port_range)
 
     def see(self, kind: str, **changes: Any) -> Event:
         made = Event(
@@ -159,7 +162,7 @@ def test_d22_a_request_may_be_told_after_its_connections_end(world: World) -> No
 def test_d22_a_request_without_a_socket_is_of_no_connection(world: World) -> None:
     """Its cookie is its TLS library's, and no close has that."""
     world.see("https", cookie=1 << 63, port=0)
-    assert not world.hygiene._carried
+    assert len(world.connections) == 0
 
 
 def test_d22_time_by_phase(world: World) -> None:
@@ -208,7 +211,7 @@ def test_d22_ports_in_use_towards_one_destination(world: World, caplog: pytest.L
 
 
 def test_d22_everything_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CONNECTIONS", 100)
+    monkeypatch.setattr(connections, "CONNECTIONS", 100)
     monkeypatch.setattr(module, "_OPEN", 100)
     for n in range(300):
         workload = SHOP._replace(cgroup_id=n, name=f"w{n}.service", unit=f"w{n}.service")
@@ -217,13 +220,13 @@ def test_d22_everything_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch
     found = world.read(c.FINDINGS)
     assert len(found) == 300
     assert sum(found.values()) == 300
-    assert len(world.hygiene._carried) <= 100
+    assert len(world.connections) <= 100
     assert len(world.hygiene._open) <= 100
     assert world.hygiene._counts == {}
 
 
 def test_d22_a_host_that_does_not_tell_its_range(tmp_path: Path) -> None:
     metrics = Metrics(Resources("n1"))
-    made = Hygiene(metrics, tmp_path / "none")
+    made = Hygiene(metrics, HttpConnections(metrics), tmp_path / "none")
     made.add(flow(), Counts(opened=50_000))
     made.publish()

@@ -19,6 +19,7 @@ GET = event(
     "https", status="", method="GET", path="/users/42?token=x", duration=30_000_000,
     exchange=Exchange("1.1", "https", 200, "", 10_000_000, 0, 5000),
 )  # fmt: skip
+OPEN = GET._replace(duration=None, exchange=Exchange("1.1", "https"))
 CALL = GET._replace(
     method="POST", path="/shop.Cart/Add", exchange=Exchange("2", "https", 200, grpc_status=0), duration=7_000_000
 )
@@ -191,6 +192,15 @@ def test_d6_behind_a_proxy_the_port_is_the_servers() -> None:
     assert {dict(key)["server.port"]: count for key, count in shown(metrics, c.HTTP_TIME).items()} == {443: 2, 8443: 1}
 
 
+def test_where_only_a_tls_library_was_seen_the_request_says_the_port() -> None:
+    metrics, _ = make()
+    metrics.observe(GET._replace(port=0))
+    metrics.observe(GET._replace(port=0, exchange=Exchange("1.1", "https", 200, server_port=8443)))
+    metrics.observe(GET._replace(port=9443, exchange=Exchange("1.1", "https", 200, server_port=8443)))
+    ports = {dict(key)["server.port"]: count for key, count in shown(metrics, c.HTTP_TIME).items()}
+    assert ports == {443: 1, 8443: 1, 9443: 1}
+
+
 def test_handshakes() -> None:
     metrics, _ = make()
     old = Tls("1.2", "1.3", (), "", False, alert="handshake_failure")
@@ -234,21 +244,60 @@ def test_d3_search_expansion_is_no_error() -> None:
 def test_active_requests_are_what_was_said_last() -> None:
     metrics, clock = make()
     cron = SSHD._replace(cgroup_id=8, name="cron.service", unit="cron.service")
+    plain = OPEN._replace(kind="http", port=80, exchange=Exchange("1.1", "http"))
     metrics.active_requests(
-        [(SSHD, "GET", "http", 3), (SSHD, "BREW", "https", 1), (SSHD, "FROB", "https", 1), (cron, "GET", "http", 2)]
+        [
+            (plain, 3),
+            (plain._replace(domain="", dst="192.0.2.7"), 1),
+            (plain._replace(filtered=True, scope="private"), 1),
+            (plain._replace(filtered=True, scope="private", domain="other"), 1),
+            (plain._replace(port=3128, proxy="192.0.2.3:3128"), 1),
+            (OPEN._replace(method="BREW"), 1),
+            (OPEN._replace(method="FROB"), 1),
+            (OPEN._replace(port=0, exchange=Exchange("2", "https", server_port=8443)), 1),
+            (plain._replace(workload=cron), 2),
+        ]
     )
-    keys = ("service.name", "http.request.method", "url.scheme")
+    keys = (
+        "service.name", "http.request.method", "url.scheme", "server.address", "server.port", "ebfw.peer.scope",
+    )  # fmt: skip
     assert read(metrics, c.HTTP_ACTIVE, *keys) == {
-        ("ssh.service", "GET", "http"): 3,
-        ("ssh.service", "_OTHER", "https"): 2,
-        ("cron.service", "GET", "http"): 2,
+        ("ssh.service", "GET", "http", "example.com", 80, ""): 4,
+        ("ssh.service", "GET", "http", "192.0.2.7", 80, ""): 1,
+        ("ssh.service", "GET", "http", "~excluded", "", "private"): 2,
+        ("ssh.service", "_OTHER", "https", "example.com", 443, ""): 2,
+        ("ssh.service", "GET", "https", "example.com", 8443, ""): 1,
+        ("cron.service", "GET", "http", "example.com", 80, ""): 2,
     }
-    metrics.active_requests([(SSHD, "GET", "http", 1)])
+    metrics.active_requests([(plain, 1)])
     assert sum(read(metrics, c.HTTP_ACTIVE).values()) == 1
+    assert len(read(metrics, c.HTTP_ACTIVE, *keys)) == 6
     clock.seconds += 1000
     metrics.expire()
     # One that stands still is not idle, one at zero is.
-    assert read(metrics, c.HTTP_ACTIVE, *keys) == {("ssh.service", "GET", "http"): 1}
+    assert read(metrics, c.HTTP_ACTIVE, *keys) == {("ssh.service", "GET", "http", "example.com", 80, ""): 1}
+
+
+def test_d12_requests_of_who_tells_its_own_are_not_active() -> None:
+    metrics, _ = make()
+    metrics.instrumented = lambda workload: workload is SSHD
+    metrics.active_requests([(OPEN, 23), (OPEN._replace(workload=SSHD._replace(cgroup_id=8)), 1)])
+    assert sum(read(metrics, c.HTTP_ACTIVE).values()) == 1
+
+
+def test_d14_active_requests_have_a_limit_and_leave_nothing_behind() -> None:
+    metrics, clock = make(limit=20)
+    for _ in range(2):
+        metrics.active_requests([(OPEN._replace(domain=f"h{n}"), 1) for n in range(100)])
+    counts = read(metrics, c.HTTP_ACTIVE, "server.address", c.OVERFLOW)
+    assert (len(counts), sum(counts.values()), counts["", True]) == (20, 100, 81)
+    assert read(metrics, c.SERIES_OVERFLOW, "ebfw.metric")[c.HTTP_ACTIVE.name,] == 2 * 81
+    metrics.active_requests([])
+    assert set(read(metrics, c.HTTP_ACTIVE, "server.address", c.OVERFLOW).values()) == {0}
+    clock.seconds += 1000
+    metrics.expire()
+    assert read(metrics, c.HTTP_ACTIVE) == {}
+    assert metrics._store.count == 0
 
 
 def test_open_connections_are_right_although_a_socket_learns_its_name() -> None:

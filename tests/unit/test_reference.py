@@ -1,4 +1,4 @@
-"""The tables of the docs are those of the code."""
+"""The tables of the docs are those of the code, the configurations that they show are those that the tests run."""
 
 from __future__ import annotations
 
@@ -47,6 +47,24 @@ def test_every_variable_is_there() -> None:
     text = (DOCS / "configuration.md").read_text()
     for name in (*(v.name for v in VARIABLES), *(v.name for v in otlp_settings.VARIABLES)):
         assert f"| `{name}` |" in text
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in reference.EXAMPLES.glob("*.yaml")))
+def test_every_example_is_shown_as_it_stands(name: str) -> None:
+    text = (DOCS / "telemetry.md").read_text()
+    _, _, rest = text.partition(f"<!-- example: {name} -->")
+    shown, end, _ = rest.partition(f"<!-- end of example: {name} -->")
+    assert end
+    assert shown == f"\n\n```yaml\n{(reference.EXAMPLES / name).read_text()}```\n\n"
+
+
+def test_a_change_of_an_example_makes_the_file_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in reference.EXAMPLES.glob("*.yaml"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(reference, "EXAMPLES", tmp_path)
+    assert reference.made(DOCS / "telemetry.md") == (DOCS / "telemetry.md").read_text()
+    (tmp_path / "prometheus.yaml").write_text("global: {}\n")
+    assert "```yaml\nglobal: {}\n```" in reference.made(DOCS / "telemetry.md")
 
 
 def test_a_change_makes_a_file_stale(tmp_path: Path) -> None:
