@@ -293,7 +293,7 @@ class Metrics:
             known = self._store.cgroups.get(event.workload.cgroup_id)
             if known is None or known.workload != event.workload:
                 return
-            exemplar = Exemplar(value / 1e9, event.time + (event.duration or 0), *trace)
+            exemplar = Exemplar(value / 1e9, _over(event), *trace)
             for index, values in self._shown(event):
                 histogram = known.state.table(index).get(values)
                 if histogram is not None:
@@ -510,7 +510,7 @@ class Metrics:
     def _beside(self, histogram: Histogram, event: Event, value: float) -> None:
         histogram.beside(value)
         if self._store.exemplars == ALWAYS_ON:
-            histogram.exemplify(Exemplar(value, event.time + (event.duration or 0)))
+            histogram.exemplify(Exemplar(value, _over(event)))
 
 
 def _server(event: Event) -> tuple[str, Value, str]:
@@ -518,6 +518,12 @@ def _server(event: Event) -> tuple[str, Value, str]:
     if event.filtered:
         return c.EXCLUDED, "", event.scope
     return event.domain or event.dst, server_port(event), ""
+
+
+def _over(event: Event) -> int:
+    """When what it tells was over, in ns since the epoch. A close is told at its own time, and its duration is that of
+    the connection before it."""
+    return event.time if event.kind == CLOSE else event.time + (event.duration or 0)
 
 
 def handshake_error(event: Event) -> str:
