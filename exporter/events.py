@@ -121,7 +121,7 @@ class Event(NamedTuple):
     path: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     proxy: str = ""  # "address:port" of the HTTP proxy through which `domain` was asked for
-    cookie: int = 0  # the socket's; joins the events of one connection. 0 = no socket known (https)
+    cookie: int = 0  # the socket's; joins the events of one connection. 0 = none; from 2^63 on only the TLS library's
     filtered: bool = False  # matched `exclude`: counted, never narrated
     exchange: Exchange | None = None  # http, https
     tls: Tls | None = None  # tls

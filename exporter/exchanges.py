@@ -81,10 +81,15 @@ class _Open:
 
 class Exchanges:
     """`received`: cookie -> (bytes of the response that have come, when the last did), as the kernel counts them for
-    responses of more than one piece; None where it has none."""
+    responses of more than one piece; None where it has none. `place`: a request inside TLS, its host and
+    its number on its connection -> the same with what is known of its connection."""
 
-    def __init__(self, received: Callable[[int], tuple[int, int] | None]) -> None:
-        self._received = received
+    def __init__(
+        self,
+        received: Callable[[int], tuple[int, int] | None],
+        place: Callable[[Sighting, str, int], Sighting],
+    ) -> None:
+        self._received, self._place = received, place
         # Both by the connection's cookie; who asks whether there is one saves a call.
         self.heads: OrderedDict[int, _Head] = OrderedDict()
         self.waiting: dict[int, list[_Open]] = {}
@@ -111,7 +116,7 @@ class Exchanges:
         if head is None and not s.offset and s.flags & decode.HEAD_END:  # in one piece, as most are
             request = parse_request(s.payload)
             if request is not None:
-                self._begin(events.HTTP, s, request, s.payload)
+                self._begin(events.HTTP, s.cookie, s, request, s.payload)
             return
         if head is not None and s.offset != len(head.data):
             del self.heads[s.cookie]
@@ -138,7 +143,7 @@ class Exchanges:
             return
         self.heads.pop(s.cookie, None)
         if request is not None:
-            self._begin(events.HTTP, head.first, request, head.data)
+            self._begin(events.HTTP, s.cookie, head.first, request, head.data)
 
     def tls_head(self, s: Sighting) -> None:
         """What an application handed to its TLS library, and looks like a request."""
@@ -146,25 +151,26 @@ class Exchanges:
         if request is None:
             losses.add("decode", "http_head")
         else:
-            self._begin(events.HTTPS, s, request, s.payload)
+            placed = self._place(s, request.host, s.sequence)
+            self._begin(events.HTTPS, s.cookie, placed, request, s.payload)
 
-    def _begin(self, kind: str, first: Sighting, request: Request, data: bytes) -> None:
+    def _begin(self, kind: str, cookie: int, first: Sighting, request: Request, data: bytes) -> None:
         one = _Open(kind, first, request, head_size(data) if request.chunked else 0)
-        waiting = self.waiting.get(first.cookie)
+        waiting = self.waiting.get(cookie)
         if waiting is None:
-            self.waiting[first.cookie] = [one]
+            self.waiting[cookie] = [one]
             if len(self.waiting) > OPEN:
                 losses.add("join", "exchanges_full")
                 self._give_up(next(iter(self.waiting)), "", "lost")
             return
         # A response whose end nothing told is over when the next request begins.
         if waiting[0].response is not None:
-            self._end(first.cookie, waiting[0])
-            waiting = self.waiting.setdefault(first.cookie, [])
+            self._end(cookie, waiting[0])
+            waiting = self.waiting.setdefault(cookie, [])
         if len(waiting) >= PIPELINED:
             losses.add("join", "exchanges_full")
-            self._give_up(first.cookie, "", "lost")
-            waiting = self.waiting.setdefault(first.cookie, [])
+            self._give_up(cookie, "", "lost")
+            waiting = self.waiting.setdefault(cookie, [])
         waiting.append(one)
 
     # --- responses ------------------------------------------------------------------------------------------------
@@ -295,7 +301,7 @@ class Exchanges:
             request = parse_request(head.data)
             if request:  # else letters that became no request line
                 losses.add("join", "head_unfinished")
-                self._begin(events.HTTP, head.first, request, head.data)
+                self._begin(events.HTTP, cookie, head.first, request, head.data)
         while self.waiting:
             cookie = next(iter(self.waiting))
             if now - self.waiting[cookie][0].first.time < OPEN_SECONDS * SECOND:

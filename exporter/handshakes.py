@@ -73,10 +73,13 @@ class _Quic:
 
 class Handshakes(Generic[_Made]):
     """Bounded by HANDSHAKES and QUIC_HANDSHAKES: the oldest goes and is counted as lost; one over TCP is told as far
-    as it came. `made`: what a handshake becomes that is over."""
+    as it came. `made`: what a handshake becomes that is over. `begun`: told of each over TCP
+    once its hello is read, with the server's name."""
 
-    def __init__(self, made: Callable[[Handshake], _Made]) -> None:
-        self._made = made
+    def __init__(
+        self, made: Callable[[Handshake], _Made], begun: Callable[[Sighting, str], None] = lambda s, name: None
+    ) -> None:
+        self._made, self._begun = made, begun
         self.open: OrderedDict[int, _Open] = OrderedDict()  # by the socket's cookie, oldest first
         self._quic: OrderedDict[tuple[int, str, int], _Quic] = OrderedDict()  # by cookie, address and port
 
@@ -108,6 +111,7 @@ class Handshakes(Generic[_Made]):
                 tls.parse_client_hello(payload, kept=decode.KEY_SHARE_KEPT if flags & decode.CUT else 0xFFFF)
                 or _UNREADABLE
             )
+            self._begun(s, one.hello.server_name)
             return over
         have = len(one.data)
         if offset <= have:  # less: sent again, and cut differently
@@ -115,6 +119,7 @@ class Handshakes(Generic[_Made]):
         if offset > have or flags & (decode.HEAD_END | decode.TRUNCATED) or len(one.data) >= HELLO_BYTES:
             one.hello = tls.parse_client_hello(one.data) or _UNREADABLE
             one.data = b""
+            self._begun(one.first, one.hello.server_name)
         return over
 
     def answer(self, s: Step | Sighting) -> _Made | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from exporter.events import SECOND
@@ -54,7 +54,7 @@ class Finished(NamedTuple, Generic[Context]):
     """A request and what became of it. Times are those of the pieces; sizes are bodies, None where they cannot be
     told. Text is "" and a status 0 or None where it was not sent or cannot be known."""
 
-    context: Context  # of the piece with which the request began
+    context: Context  # of the piece with which the request began, or what `begun` made of it
     method: str
     scheme: str
     authority: str
@@ -133,9 +133,11 @@ class _Connection(Generic[Context]):
 
 
 class Http2(Generic[Context]):
-    """All connections. `Context` is whatever a request is to be told with."""
+    """All connections. `Context` is whatever a request is to be told with. `begun`: the context of a request that has
+    begun, its authority, and its number on its connection (0 = not known) -> the context to tell it with."""
 
-    def __init__(self) -> None:
+    def __init__(self, begun: Callable[[Context, str, int], Context] | None = None) -> None:
+        self._begun = begun
         self.connections: OrderedDict[int, _Connection[Context]] = OrderedDict()
         self._fields: dict[tuple[bytes, bytes], tuple[str, str]] = {}
         self._streams = 0
@@ -406,6 +408,8 @@ class Http2(Generic[Context]):
         if not stream.authority:
             stream.authority = next((value for name, value in headers if name == "host"), "")
         stream.headers = tuple(headers)
+        if self._begun is not None:
+            stream.context = self._begun(context, stream.authority, stream.sequence)
         conn.streams[number] = stream
         if len(conn.streams) > STREAMS:
             losses.add("join", "h2_streams_full")

@@ -1,5 +1,6 @@
 """Sightings -> events: what belongs together becomes one thing, with a workload and a name. Each protocol has a module
-of its own, which this one asks: lookups (DNS), handshakes (TLS, QUIC), exchanges (HTTP/1), http2.
+of its own, which this one asks: lookups (DNS), handshakes (TLS, QUIC), exchanges (HTTP/1), http2; encrypted knows the
+sockets of requests inside TLS.
 
 In: decoded sightings, in the order of the ring. Out: `Event`s, attributed, named where a name is known, with a
 duration where there are two ends. Who and what things are called is asked through the callables given at start; the
@@ -14,6 +15,7 @@ from typing import Any
 
 from exporter import decode, events
 from exporter.decode import Arrival, Message, Piece, Sighting, Step
+from exporter.encrypted import MATCHED, SOCKETS, Encrypted
 from exporter.events import Event, Exchange, Tls, Workload
 from exporter.exchanges import ERRORS, HEADS, OPEN, Ended, Exchanges
 from exporter.handshakes import HANDSHAKES, QUIC_HANDSHAKES, Handshake, Handshakes
@@ -63,10 +65,11 @@ class Join:
         self._who, self._name_of, self._learned = who, name_of, learned
         self._hidden, self._to_wall = hidden, to_wall
         self._lookups = Lookups(who, learn, hidden, to_wall)
-        self._exchanges = Exchanges(received)
-        self._handshakes = Handshakes(self._tls)
+        self._encrypted = Encrypted()
+        self._exchanges = Exchanges(received, self._encrypted.place)
+        self._handshakes = Handshakes(self._tls, self._encrypted.opened)
         self._ended: deque[Event] = deque()  # by what ended something else
-        self._http2: Http2[Sighting] = Http2()
+        self._http2: Http2[Sighting] = Http2(self._begun)
         self._finished: list[Finished[Sighting]] = []
         self._read = _Readers(
             {
@@ -82,7 +85,7 @@ class Join:
                 decode.TLS_WRITE: self._exchanges.tls_head,
                 decode.RESPONSE: self._exchanges.response,
                 decode.RECEIVED: self._exchanges.received,
-                decode.TLS_CLOSED: self._closed,
+                decode.TLS_CLOSED: self._tls_closed,
                 decode.SERVER_HELLO: self._handshakes.answer,
                 decode.HANDSHAKE_END: self._handshakes.end,
                 decode.QUIC_INITIAL: self._handshakes.initial,
@@ -91,10 +94,11 @@ class Join:
             }
         )
 
-    room = QUERIES + HELD + STREAMS + HEADS + OPEN + HANDSHAKES + QUIC_HANDSHAKES
+    room = QUERIES + HELD + STREAMS + HEADS + OPEN + HANDSHAKES + QUIC_HANDSHAKES + SOCKETS + MATCHED
 
     def __len__(self) -> int:
-        return len(self._lookups) + len(self._exchanges) + len(self._handshakes) + len(self._http2)
+        tables = self._lookups, self._exchanges, self._handshakes, self._http2, self._encrypted
+        return sum(len(table) for table in tables)
 
     def add(self, sighting: Seen) -> Event | None:
         """The event that this sighting completes, if it does."""
@@ -330,8 +334,20 @@ class Join:
             self._ended.append(event)
         if cookie in self._exchanges.waiting or cookie in self._exchanges.heads:
             self._exchanges.closed(s)
+        if cookie in self._encrypted.sockets:
+            self._encrypted.closed(cookie)
         if cookie in self._http2.connections:
             self._finished += self._http2.closed(cookie, s.time, ERRORS.get(s.outcome, "connection_closed"))
+
+    def _tls_closed(self, s: Sighting) -> None:
+        self._closed(s)
+        self._encrypted.matched.pop(s.cookie, None)
+
+    def _begun(self, s: Sighting, authority: str, sequence: int) -> Sighting:
+        """A request of HTTP/2. Inside TLS the first says what its connection is."""
+        if not s.cookie >> 63:
+            return s
+        return self._encrypted.place(s, split_authority(authority)[0] if sequence == 1 else "", sequence)
 
     def _frames(self, s: Sighting) -> None:
         self._finished += self._http2.add(
@@ -348,7 +364,8 @@ class Join:
     def _http2_exchange(self, done: Finished[Sighting]) -> Event:
         s = done.context
         who = self._who(s.cgroup)
-        inside = s.cookie >> 63  # what TLS libraries were handed: no socket has such a number
+        # What TLS libraries were handed: no socket has such a number.
+        inside = s.cookie >> 63 or s.flags & decode.INSIDE
         domain, port = split_authority(done.authority)
         source = events.HOST
         if not domain:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 PORTS_SHOWN = 100
 PORTS_TOLD = 0.8  # of the range, in use towards one destination: a warning in the agent's log
 _OPEN = 65_536
+_NO_SOCKET = 1 << 63  # cookies from here on are those of TLS libraries
 
 _OBSOLETE = frozenset(("1.1", "1.0", "ssl3"))
 _POST_QUANTUM = ("MLKEM", "KYBER")
@@ -94,7 +95,7 @@ class Hygiene:
                         counts[index] += 1
             elif kind in (HTTP, HTTPS):
                 counts[_REQUEST_TIME] += event.duration or 0
-                if event.cookie and event.port:  # else only its TLS library is known, and not its connection's end
+                if 0 < event.cookie < _NO_SOCKET and event.port:  # else the end of its connection is not known
                     self._connections.carried(event)
                 if kind == HTTP:
                     counts[_CLEARTEXT] += 1

@@ -110,7 +110,7 @@ class Inventory:
                 self._enter(found[1]._replace(domain=event.domain, name_source=event.name_source, group=event.group), 1)
         elif kind in _SHOWN and event.role != SERVER:
             opened = self._opening.pop(event.cookie, None) if event.cookie else None
-            if not event.port:  # a request whose connection is not known: that connection is an event of its own
+            if not event.port:  # a request whose peer is not known: its connection is an event of its own
                 return
             if event.dst and event.name_source in (SNI, HOST):
                 self._alias(event, event.domain)

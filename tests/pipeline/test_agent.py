@@ -271,9 +271,14 @@ def test_otlp(seen: Seen, protocol: str) -> None:
         assert step.trace_id == root.trace_id
         assert step.start_time_unix_nano >= root.start_time_unix_nano - 1_000_000
     assert {attributes(span)["http.response.status_code"] for span in requests} == {200}
-    # Over TLS no socket is known, so there is nothing to link to.
-    assert all(span.links for span in requests if attributes(span)["url.scheme"] == "http")
-    assert {link.span_id for span in requests for link in span.links} <= roots.keys()
+    # D11, inside TLS too: each leads to the set-up of its own connection.
+    for span in requests:
+        (link,) = span.links
+        root, made = attributes(roots[link.span_id]), attributes(span)
+        assert link.trace_id == roots[link.span_id].trace_id
+        for key in ("server.port", "network.peer.address", "network.peer.port", "network.local.port"):
+            assert made[key] == root[key], key
+    assert Counter(attributes(span)["url.scheme"] for span in requests) == {"http": 3, "https": 2}
     assert all(span.end_time_unix_nano > span.start_time_unix_nano for _, span in shop)
     assert all(abs(span.end_time_unix_nano - time.time_ns()) < 600e9 for _, span in shop)
 

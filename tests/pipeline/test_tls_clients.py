@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from lab import Cgroup
-from lab.net import SERVERS4
+from lab.net import SERVERS4, SERVERS6
 from lab.tools import tool
 from tests.pipeline.conftest import Agent, Host, World, eventually
 
@@ -182,6 +182,8 @@ def test_client(agent: Agent, world: World, folder: Path, name: str) -> None:
     numbers = [0] * N if kind.coverage == "go" else range(N)  # Go's client has one URL
     assert [event["path"] for event in requests(agent, f"/{name}/")] == [f"/{name}/{n}?key=REDACTED" for n in numbers]
     for event in found:
+        assert (event["dst"], event["port"]) in {(SERVERS4[0], 443), (SERVERS6[0], 443)}
+        assert event["src_port"] == found[0]["src_port"]
         assert (event["method"], event["domain"], event["name_source"]) == (kind.method, "inside.lab.example", "host")
         assert (event["http_status"], event["response_bytes"]) == (200, len(BODY))
         assert 0 < event["first_byte_ms"] <= event["duration_ms"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lab import Cgroup
-from lab.net import POD4
+from lab.net import POD4, SERVERS4, SERVERS6
 from tests.pipeline.conftest import Agent, Host, World, eventually
 
 pytestmark = pytest.mark.kernel
@@ -77,6 +77,11 @@ def test_curl(agent: Agent, world: World) -> None:
         assert (event["http_status"], event["http_version"], event["scheme"]) == (200, "1.1", "https")
         assert 0 < event["first_byte_ms"] <= event["duration_ms"]
         assert event["response_bytes"] == len("this is the lab\n")
+    # The connection is its socket's.
+    (tls,) = [event for event in agent.events if event["kind"] == "tls" and event["pid"] == process.pid]
+    ends = [tuple(event[key] for key in ("src", "src_port", "dst", "port", "scope")) for event in found]
+    assert ends == [tuple(tls[key] for key in ("src", "src_port", "dst", "port", "scope"))] * 23
+    assert (tls["dst"], tls["port"]) in {(address, 443) for address in (SERVERS4[0], SERVERS6[0])}
     assert len([r for r in world.servers.log("https", "request") if r["target"].startswith("/curl/")]) == 23
 
 
@@ -93,6 +98,42 @@ def test_python(agent: Agent, world: World) -> None:
         assert (event["http_status"], event["response_bytes"]) == (200, len("this is the lab\n"))
         assert event["pid"] == process.pid
         assert event["comm"].startswith("python")
+
+
+def test_connections_of_one_process(agent: Agent, world: World) -> None:
+    """Eight at once to one name, of which one cannot be told from another: the peer is known, no port of ours. Then 23
+    one after another, each with its own."""
+    code = """
+import http.client, ssl, sys
+context = ssl.create_default_context()
+def connect():
+    c = http.client.HTTPSConnection("inside.lab.example", timeout=10, context=context)
+    c.connect()
+    return c
+def get(c, path):
+    c.request("GET", path)
+    c.getresponse().read()
+many = [connect() for _ in range(8)]
+for n, c in enumerate(many):
+    get(c, f"/alike/{n}")
+for c in many:
+    c.close()
+for n in range(23):
+    c = connect()
+    print("own", n, c.sock.getsockname()[1], flush=True)
+    get(c, f"/own/{n}")
+    c.close()
+"""
+    output = world.python(agent.host.shop, code)
+    ports = [int(line.split()[2]) for line in output.splitlines() if line.startswith("own ")]
+    eventually(lambda: len(requests(agent, "/own/")) >= 23)
+    time.sleep(0.2)
+    alike, own = requests(agent, "/alike/"), requests(agent, "/own/")
+    assert (len(alike), len(own)) == (8, 23)
+    assert all(event["port"] == 443 and "src_port" not in event for event in alike)
+    assert len({event["dst"] for event in alike}) == 1
+    assert [event["src_port"] for event in own] == ports
+    assert {event["port"] for event in own} == {443}
 
 
 def test_what_a_server_writes_is_nothing(agent: Agent, world: World) -> None:

@@ -162,6 +162,8 @@ def test_d22_a_request_may_be_told_after_its_connections_end(world: World) -> No
 def test_d22_a_request_without_a_socket_is_of_no_connection(world: World) -> None:
     """Its cookie is its TLS library's, and no close has that."""
     world.see("https", cookie=1 << 63, port=0)
+    world.see("https", cookie=1 << 63)  # one of several to this peer
+    world.see("https", port=0)
     assert len(world.connections) == 0
 
 
