@@ -41,7 +41,8 @@ def exchanges(talk: Talk) -> tuple[list[bytes], list[bytes]]:
         (b"content-length", str(_BODY).encode()),
     )
     out, back = _blocks(asked, 2), _blocks(answered, 2)
-    first, next_ = [], []
+    first: list[bytes] = []
+    next_: list[bytes] = []
     told = {wire.RECORD_FRAMES_OUT: 0, wire.RECORD_FRAMES_IN: 0}
     for records, stream, request, answer in ((first, 1, out[0], back[0]), (next_, 3, out[1], back[1])):
         for kind, digest in (

@@ -51,9 +51,9 @@ def _next_stream(field: int, value: int) -> tuple[tuple[int, int, int, int, int]
     )
 
 
-def empty_program() -> int:
-    """A cgroup_skb program of two instructions: return 1."""
-    return bpf.prog_load(bpf.CGROUP_SKB, _code((0xB7, 0, 0, 0, 1), _EXIT), "bench_empty", bpf.EGRESS)
+def empty_program(kind: int = bpf.CGROUP_SKB, attach: int = bpf.EGRESS) -> int:
+    """A program of two instructions: return 1, which lets a packet pass and is nothing to a uprobe."""
+    return bpf.prog_load(kind, _code((0xB7, 0, 0, 0, 1), _EXIT), "bench_empty", attach)
 
 
 def program_of(link_pin: Path) -> int:

@@ -98,6 +98,7 @@ class Agent:
 
     def start(self) -> Agent:
         attached = threading.Event()
+        self.words, self.seconds = [], 0.0  # not those of a life before
         began = time.perf_counter()
         process = self._process = subprocess.Popen(
             self.command,
