@@ -58,14 +58,19 @@ _HTTP: dict[str, tuple[int, Callable[[Talk], tuple[list[bytes], list[bytes]]]]] 
 
 def _requests(quick: bool, version: str, bound: float | None, environment: dict[str, str], note: str) -> Row:
     def counted(loaded: Loaded) -> None:
-        time.sleep(3)
-        # What is over the budget of spans is counted with what is lost, and was not to be sent.
-        found = {labels: count for labels, count in loaded.agent.lost().items() if '"budget"' not in labels}
-        if found:
-            raise LabError(f"lost: {found}")
-        told = int(sum(loaded.agent.samples("http_client_request_duration_seconds_count").values()))
-        if told != loaded.put():
-            raise LabError(f"{told} requests were told of {loaded.put()}")
+        _nothing_lost(loaded)
+        want = {"requests": loaded.put()}
+        if environment.get("OTEL_TRACES_SAMPLER") == "always_on":
+            want["spans"] = loaded.put()
+        deadline = time.monotonic() + 15  # the last spans wait for company for five seconds
+        while True:
+            told = sum(loaded.agent.samples("http_client_request_duration_seconds_count").values())
+            found = {"requests": int(told), "spans": _exported(loaded.agent).get("traces", 0)}
+            if want.items() <= found.items():
+                return
+            if time.monotonic() > deadline:
+                raise LabError(f"{found} were told of {want}")
+            time.sleep(0.5)
 
     name = f"agent CPU at 10,000 HTTP/{version} requests/s, {note}"
     windows = 3 if quick else 15
@@ -77,11 +82,33 @@ def _requests(quick: bool, version: str, bound: float | None, environment: dict[
     return single(name, samples, "% of a core", bound, note)
 
 
+def _nothing_lost(loaded: Loaded) -> None:
+    time.sleep(3)
+    # What is over the budget of spans is counted with what is lost, and was not to be sent.
+    found = {labels: count for labels, count in loaded.agent.lost().items() if '"budget"' not in labels}
+    if found:
+        raise LabError(f"lost: {found}")
+
+
+def _exported(agent: Agent) -> dict[str, int]:
+    """What it has sent, by signal."""
+    found = agent.samples("ebfw_export_items_total")
+    return {labels.partition('ebfw_signal="')[2].partition('"')[0]: int(count) for labels, count in found.items()}
+
+
 def _cpu(quick: bool, rate: int, bound: float | None, environment: dict[str, str], title: str, note: str) -> Row:
     flows, windows = 2000, 2 if quick else 5
     name = f"agent CPU at {rate:,} records/s{title}" if rate else "agent CPU, idle"
+    sent: dict[str, int] = {}
+
+    def check(loaded: Loaded) -> None:
+        _nothing_lost(loaded)
+        sent.update(_exported(loaded.agent))
+
     # Every flow twice before: a busy node knows its peers.
-    samples = _windows(name, windows, rate, 2, flows * 10, lambda: Loaded(flows, environment), lambda loaded: None)
+    samples = _windows(name, windows, rate, 2, flows * 10, lambda: Loaded(flows, environment), check)
+    if sent:
+        note += f"; sent: {', '.join(f'{count:,} of {signal}' for signal, count in sorted(sent.items()))}"
     return single(name, samples, "% of a core", bound, f"{flows:,} flows; {note}")
 
 
