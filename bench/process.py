@@ -33,7 +33,7 @@ def cpu_rows(quick: bool) -> Iterator[Row]:
     yield _cpu(quick, 10_000, None, {"EBFW_OUTPUT": "json"}, ", JSON lines", "written to /dev/null")
     with receiver() as url:
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": url}
-        yield _cpu(quick, 10_000, None, environment, ", OTLP", "spans, logs, metrics over HTTP")
+        yield _cpu(quick, 10_000, None, environment, ", OTLP", "over HTTP")
 
 
 def http_rows(quick: bool) -> Iterator[Row]:
