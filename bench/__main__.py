@@ -1,4 +1,4 @@
-"""`python -m bench [--only NAME...] [--quick]`: measures, prints one table, exits 1 if a bound does not hold.
+"""`python -m bench [--only NAME...] [--long] [--quick]`: measures, prints one table, exits 1 if a bound does not hold.
 
 The table goes to standard output, progress to standard error, and the rows as JSON lines to the file that BENCH_JSON
 names.
@@ -17,9 +17,11 @@ from bench.report import Row, progress, table
 from exporter.errors import EbfwError
 from lab import LabError, net, sweep
 
+_LONG = ("churn",)  # sections that are measured only when asked for: they take ten minutes each
+
 
 def _sections() -> dict[str, tuple[str, Callable[[bool], Iterator[Row]]]]:
-    from bench import datapath, live, memory, parsers, pipeline, process, spans, start, tables
+    from bench import churn, datapath, live, memory, parsers, pipeline, process, spans, start, tables
 
     return {
         "datapath": ("what a packet costs", datapath.rows),
@@ -32,6 +34,7 @@ def _sections() -> dict[str, tuple[str, Callable[[bool], Iterator[Row]]]]:
         "start": ("from start to attached", start.rows),
         "parsers": ("single steps in Python", parsers.rows),
         "spans": ("what a span costs", spans.rows),
+        "churn": ("ten minutes in which everything comes and goes", churn.rows),
     }
 
 
@@ -48,6 +51,8 @@ def main() -> int:
     sections = _sections()
     parser = argparse.ArgumentParser(prog="python -m bench", description="What ebfw costs on this machine.")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=sections, help=", ".join(sections))
+    long = ", ".join(_LONG)
+    parser.add_argument("--long", action="store_true", help=f"all, and what takes ten minutes by itself: {long}")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: a look, not a figure to quote")
     options = parser.parse_args()
     try:
@@ -60,7 +65,7 @@ def main() -> int:
     failed: list[str] = []
     json_path = os.environ.get("BENCH_JSON")
     with open(json_path or os.devnull, "w", encoding="utf-8") as lines:
-        for name in options.only or sections:
+        for name in options.only or [name for name in sections if options.long or name not in _LONG]:
             title, measure = sections[name]
             progress.say(title)
             try:

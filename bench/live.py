@@ -3,7 +3,8 @@
 Both ends are C programs (lab/clients/loadgen.c) on one CPU, in the watched cgroup, over the loopback device of a
 namespace of their own but between documentation addresses, so that all of it is told, not excluded. The agent runs on
 another CPU: what it costs itself is another row. Short runs by turns, in the order off on on off; each run is divided
-by the one that is its counterpart in the other phase, so that a slow drift of the machine falls out.
+by the one that is its counterpart in the other phase, so that a slow drift of the machine falls out. Requests inside
+TLS, where probes are hit, are in live_tls.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from bench import live_tls
 from bench.report import Row, compared, progress
 from bench.world import Agent, cpus, pin_path
 from lab import Cgroup, Lab
@@ -106,6 +108,7 @@ def rows(quick: bool) -> Iterator[Row]:
         "without agent",
         note="both ends on one CPU",
     )
+    yield from live_tls.rows(quick)
 
 
 class _Live:

@@ -101,8 +101,8 @@ class Talk:
     def reversed_name(self) -> bytes:
         return self.name.encode()[::-1] + b"."
 
-    def _record(self, kind: int, transport: int, peer: bytes, port: int, **more: int) -> bytes:
-        return wire.RECORD.pack(
+    def record(self, kind: int, transport: int, peer: bytes, port: int, *, payload: bytes = b"", **more: int) -> bytes:
+        head = wire.RECORD.pack(
             0,
             self.cgroup,
             self.number * 2 + 1 + (transport == 17),
@@ -125,9 +125,10 @@ class Talk:
             more.get("rx", 0),
             0,
             more.get("rtt", 0),
-            0,
+            more.get("offset", 0),
             0,
         )
+        return head + payload
 
     def records(self) -> list[bytes]:
         """Query, answer, opened, hello, the server's answer to that, the handshake's end, closed: what a connection to
@@ -139,10 +140,10 @@ class Talk:
         share = hello.index(b"\x11\xec\x04\xc0") - 2
         hello = hello[: share + wire.KEY_SHARE_KEPT] + hello[share + 2 + 4 + 1216 + 4 + 32 :]
         return [
-            self._record(wire.RECORD_DNS_QUERY, 17, resolver, 53, length=len(query)) + query.ljust(64, b"\0"),
-            self._record(wire.RECORD_DNS_ANSWER, 17, resolver, 53, length=len(answer)) + answer.ljust(256, b"\0"),
-            self._record(wire.RECORD_OPENED, 6, self.peer, 443, outcome=1, duration=800_000 + self.number),
-            self._record(
+            self.record(wire.RECORD_DNS_QUERY, 17, resolver, 53, length=len(query)) + query.ljust(64, b"\0"),
+            self.record(wire.RECORD_DNS_ANSWER, 17, resolver, 53, length=len(answer)) + answer.ljust(256, b"\0"),
+            self.record(wire.RECORD_OPENED, 6, self.peer, 443, outcome=1, duration=800_000 + self.number),
+            self.record(
                 wire.RECORD_HELLO,
                 6,
                 self.peer,
@@ -152,9 +153,9 @@ class Talk:
                 length=len(hello),
             )
             + hello.ljust(1024, b"\0"),
-            self._record(wire.RECORD_SERVER_HELLO, 6, self.peer, 443, name=self.name_id, length=256) + _SERVER_HELLO,
-            self._record(wire.RECORD_HANDSHAKE_END, 6, self.peer, 443, name=self.name_id, length=64) + _FINISHED,
-            self._record(
+            self.record(wire.RECORD_SERVER_HELLO, 6, self.peer, 443, name=self.name_id, length=256) + _SERVER_HELLO,
+            self.record(wire.RECORD_HANDSHAKE_END, 6, self.peer, 443, name=self.name_id, length=64) + _FINISHED,
+            self.record(
                 wire.RECORD_CLOSED,
                 6,
                 self.peer,
@@ -181,9 +182,9 @@ def exchange(talk: Talk) -> list[bytes]:
     answer = _RESPONSE_HEAD + bytes(600)
     flags = wire.RECORD_HEAD_END
     return [
-        talk._record(wire.RECORD_HEAD, 6, talk.peer, 80, name=talk.name_id, flags=flags, length=len(head))
+        talk.record(wire.RECORD_HEAD, 6, talk.peer, 80, name=talk.name_id, flags=flags, length=len(head))
         + head.ljust(256, b"\0"),
-        talk._record(
+        talk.record(
             wire.RECORD_RESPONSE, 6, talk.peer, 80, name=talk.name_id, length=len(answer), tx=len(head), rx=len(answer)
         )
         + answer.ljust(1024, b"\0"),

@@ -11,7 +11,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporter.kernel import bpf
+from bench.http2 import streams
+from exporter.kernel import bpf, wire
 
 _PROG_GET_FD_BY_ID, _MAP_LOOKUP_AND_DELETE = 13, 21
 NO_WAKEUP, FORCE_WAKEUP = 1, 2
@@ -30,11 +31,29 @@ def _call(helper: int) -> tuple[int, int, int, int, int]:
 
 
 _EXIT = (0x95, 0, 0, 0, 0)
+_HEAD = struct.Struct(
+    "<IIII"
+)  # of a template: its length, by how much its offset moves, where two streams' numbers are
 
 
-def empty_program() -> int:
-    """A cgroup_skb program of two instructions: return 1."""
-    return bpf.prog_load(bpf.CGROUP_SKB, _code((0xB7, 0, 0, 0, 1), _EXIT), "bench_empty", bpf.EGRESS)
+def _next_stream(field: int, value: int) -> tuple[tuple[int, int, int, int, int], ...]:
+    """Add two to the number, in the network's order, at the place that this field of the template's head names."""
+    return (
+        (0x61, 1, 6, field, 0),
+        (0x25, 1, 0, 0, value - _HEAD.size - 4),  # out
+        (0xBF, 2, 6, 0, 0),
+        (0x0F, 2, 1, 0, 0),
+        (0x61, 3, 2, _HEAD.size, 0),
+        (0xDC, 3, 0, 0, 32),  # to the network's order and back: one instruction
+        (0x07, 3, 0, 0, 2),
+        (0xDC, 3, 0, 0, 32),
+        (0x63, 2, 3, _HEAD.size, 0),
+    )
+
+
+def empty_program(kind: int = bpf.CGROUP_SKB, attach: int = bpf.EGRESS) -> int:
+    """A program of two instructions: return 1, which lets a packet pass and is nothing to a uprobe."""
+    return bpf.prog_load(kind, _code((0xB7, 0, 0, 0, 1), _EXIT), "bench_empty", attach)
 
 
 def program_of(link_pin: Path) -> int:
@@ -57,16 +76,25 @@ def pop(stack: int) -> int:
 class Producer:
     """Puts records into a ring from the kernel's side, which alone can write there: BPF_PROG_TEST_RUN of a program
     that copies templates, in turn, with the time of now in their first eight bytes. With `wake` each wakes the reader,
-    else none does. Context manager."""
+    else none does. A digest of HTTP/2 moves on each time: its offset by its length, its streams to the client's next;
+    it may have one template in each direction of a connection. Context manager."""
 
     def __init__(self, ring: int, templates: Sequence[bytes], wake: bool = False) -> None:
         room = max(map(len, templates))
-        value = 8 + (room + 7 & ~7)
+        value = _HEAD.size + (room + 7 & ~7)
         self._templates = bpf.map_create(bpf.ARRAY, 4, value, len(templates), 0, "bench_records")
         self._state = bpf.map_create(bpf.ARRAY, 4, 16, 1, 0, "bench_state")
         for index, template in enumerate(templates):
-            data = struct.pack("<II", len(template), 0) + template.ljust(value - 8, b"\0")
+            places = streams(template)
+            if len(places) > 2:
+                raise ValueError(f"{len(places)} frames in a template")
+            # The place of no stream is in the time, which is written anew.
+            head = _HEAD.pack(
+                len(template), len(template) - wire.RECORD.size if places else 0, *places, *(0, 0)[len(places) :]
+            )
+            data = head + template.ljust(value - _HEAD.size, b"\0")
             bpf.map_update(self._templates, struct.pack("<I", index), data)
+        offset = _HEAD.size + wire.Record.offset.offset
         lines = [
             (0x62, 10, 0, -4, 0),  # key = 0
             *_map(1, self._state),
@@ -88,11 +116,11 @@ class Producer:
             (0x15, 0, 0, 0, 0),  # [1] no template: out
             (0xBF, 6, 0, 0, 0),
             _call(5),  # ktime_get_ns
-            (0x7B, 6, 0, 8, 0),
+            (0x7B, 6, 0, _HEAD.size, 0),
             (0x61, 3, 6, 0, 0),
-            (0x25, 3, 0, 0, value - 8),  # [2] the verifier wants a bound
+            (0x25, 3, 0, 0, value - _HEAD.size),  # [2] the verifier wants a bound
             (0xBF, 2, 6, 0, 0),
-            (0x07, 2, 0, 0, 8),
+            (0x07, 2, 0, 0, _HEAD.size),
             *_map(1, ring),
             (0xB7, 4, 0, 0, FORCE_WAKEUP if wake else NO_WAKEUP),
             _call(130),  # ringbuf_output
@@ -100,6 +128,13 @@ class Producer:
             (0x79, 1, 7, 8, 0),
             (0x07, 1, 0, 0, 1),
             (0x7B, 7, 1, 8, 0),  # state.lost += 1
+            (0x61, 1, 6, 4, 0),
+            (0x15, 1, 0, 0, 0),  # [3] it stays as it is: out
+            (0x61, 2, 6, offset, 0),
+            (0x0F, 2, 1, 0, 0),
+            (0x63, 6, 2, offset, 0),  # record.offset += length of the digest
+            *_next_stream(8, value),
+            *_next_stream(12, value),
             (0xB7, 0, 0, 0, 1),
             _EXIT,
         ]

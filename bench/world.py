@@ -98,6 +98,7 @@ class Agent:
 
     def start(self) -> Agent:
         attached = threading.Event()
+        self.words, self.seconds = [], 0.0  # not those of a life before
         began = time.perf_counter()
         process = self._process = subprocess.Popen(
             self.command,
@@ -169,14 +170,18 @@ class Agent:
                 found[name] = int(rest.split()[0]) * 1024 / 1e6
         return found
 
-    def lost(self) -> dict[str, float]:
-        """What its own metrics say was lost, by their labels; without what it says of other times."""
+    def samples(self, name: str) -> dict[str, float]:
+        """One series of its own metrics, values by labels as they are written."""
         found = re.search(r"http://\S+/metrics", "\n".join(self.words))
         if found is None:
             raise LabError("the agent does not say where its metrics are")
         with urllib.request.urlopen(found[0], timeout=60) as page:
-            lines = [line for line in page.read().decode().splitlines() if line.startswith("ebfw_records_lost_total{")]
-        return {labels: float(value) for labels, _, value in (line.rpartition(" ") for line in lines) if float(value)}
+            lines = [line for line in page.read().decode().splitlines() if line.startswith(name + "{")]
+        return {labels: float(value) for labels, _, value in (line.rpartition(" ") for line in lines)}
+
+    def lost(self) -> dict[str, float]:
+        """What its own metrics say was lost, by their labels; without what it says of other times."""
+        return {labels: value for labels, value in self.samples("ebfw_records_lost_total").items() if value}
 
     def map(self, name: str) -> int:
         """A descriptor of one of its maps; the caller closes it."""

@@ -83,7 +83,7 @@ class Servers:
 
     def __enter__(self) -> Servers:
         self.directory.mkdir(exist_ok=True)
-        _make_certificate(self.directory, self._names)
+        make_certificate(self.directory, self._names)
         config = self.directory / "config.json"
         config.write_text(json.dumps({"ipv6": self._lab.ipv6, "names": self._names}))
         # The child ends when its standard input does: it cannot outlive us, however we end.
@@ -150,7 +150,7 @@ class Servers:
             time.sleep(0.02)
 
 
-def _make_certificate(directory: Path, names: Mapping[str, Entry]) -> None:
+def make_certificate(directory: Path, names: Mapping[str, Entry]) -> None:
     """A self-signed P-256 certificate for all names and server addresses, two days long."""
     alternatives = [f"DNS:{name}" for name in sorted(names)]
     addresses = (*net.SERVERS4, *net.SERVERS6, net.VIRTUAL4, net.VIRTUAL6, "127.0.0.1", "::1")

@@ -27,7 +27,8 @@ def cache_folder() -> Path:
 
 def compiled(name: str = "loadgen") -> Path:
     """Compiles NAME.c into ${XDG_CACHE_HOME:-~/.cache}/ebfw/lab, once per content; needs `cc` only when it is
-    not there yet. Raises LabError without a compiler or when it complains."""
+    not there yet. What opens libraries is linked with the C library as those are. Raises LabError without a compiler or
+    when it complains."""
     source = Path(__file__).with_name(f"{name}.c")
     digest = hashlib.sha256(source.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:16]
     cache = cache_folder() / "lab"
@@ -39,8 +40,9 @@ def compiled(name: str = "loadgen") -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     # Another process may compile the same: each into a file of its own, the rename is atomic.
     draft = program.with_name(f"{program.name}.{os.getpid()}")
-    for extra in (("-static",), ()):
-        done = subprocess.run(("cc", *_FLAGS, *extra, "-o", str(draft), str(source)), capture_output=True, text=True)
+    opens = b"<dlfcn.h>" in source.read_bytes()
+    for extra in (("-ldl",),) if opens else (("-static",), ()):
+        done = subprocess.run(("cc", *_FLAGS, "-o", str(draft), str(source), *extra), capture_output=True, text=True)
         if done.returncode == 0:
             draft.rename(program)
             return program
