@@ -1,4 +1,4 @@
-"""HTTP connections: sockets that carried plaintext requests, from the first request seen to the close.
+"""HTTP connections: sockets that carried requests, from the first request seen to the close.
 
 Comes in: requests that are over, closes, and from join who waits for a response now. Goes out: how many requests a
 connection carried (for hygiene.py), and where EBFW_METRICS_OPT_IN names them `http.client.open_connections` and

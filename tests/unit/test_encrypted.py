@@ -11,6 +11,7 @@ import pytest
 
 from exporter import decode, encrypted, events, health
 from exporter.decode import Arrival, Sighting
+from exporter.emit.connections import HttpConnections
 from exporter.emit.hygiene import Hygiene
 from exporter.emit.instrumented import Instrumented
 from exporter.emit.metrics import Metrics
@@ -374,7 +375,8 @@ def test_d20_a_connection_is_entered_once(node: Node, tmp_path: Path) -> None:
 
 def test_d22_requests_are_of_their_connection(node: Node, tmp_path: Path) -> None:
     """Two connections, 23 requests each; a request whose peer alone is known is of none."""
-    hygiene = Hygiene(Metrics(Resources("n1"), losses=health.Losses()), tmp_path / "none")
+    metrics = Metrics(Resources("n1"), losses=health.Losses())
+    hygiene = Hygiene(metrics, connections := HttpConnections(metrics), tmp_path / "none")
     for n in (1, 2):
         node.connect(n)
         for sequence in range(1, 24):
@@ -385,9 +387,9 @@ def test_d22_requests_are_of_their_connection(node: Node, tmp_path: Path) -> Non
     for n in (1, 2, 3, 4):
         node.close(n)
     hygiene.observe(node.events)
-    assert dict(hygiene._carried) == {1: 23, 2: 23}
+    assert connections._carried == {1: 23, 2: 23}
     hygiene.settle()
-    assert not hygiene._carried
+    assert len(connections) == 0
 
 
 def test_d12_the_agents_own_requests_are_not_told(node: Node) -> None:
