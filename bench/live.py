@@ -5,20 +5,25 @@ namespace of their own but between documentation addresses, so that all of it is
 another CPU: what it costs itself is another row. Short runs by turns, in the order off on on off; each run is divided
 by the one that is its counterpart in the other phase, so that a slow drift of the machine falls out. Requests inside
 TLS, where probes are hit, are in live_tls.py.
+
+Those C programs do nothing else: no application pays so much. What one pays that parses, schedules and writes a log
+shows a client and server of Go's net/http, likewise on one CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bench import live_tls
 from bench.report import Row, compared, progress
-from bench.world import Agent, cpus, pin_path
-from lab import Cgroup, Lab
+from bench.world import REPOSITORY, Agent, cpus, pin_path
+from lab import Cgroup, Lab, LabError
 from lab.clients import compiled
 from lab.net import POD4
 
@@ -45,11 +50,14 @@ _LOADS = {
     "bulk": _Load("bulk", 12_000),
 }
 _RUNS = 2  # of each load in each phase
+_GO_REQUESTS, _GO_PORT = 4_000, 8080
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    with Lab() as lab, Cgroup("bench") as cgroup, pin_path() as pins:
+    with Lab() as lab, Cgroup("bench") as cgroup, pin_path() as pins, contextlib.ExitStack() as guard:
         bench = _Live(lab, cgroup)
+        go = guard.enter_context(_Go(lab, cgroup))
+        go_rates: dict[bool, list[float]] = {False: [], True: []}
         without: dict[str, list[_Result]] = {name: [] for name in _LOADS}
         with_agent: dict[str, list[_Result]] = {name: [] for name in _LOADS}
         rounds = 2 if quick else 12
@@ -67,6 +75,8 @@ def rows(quick: bool) -> Iterator[Row]:
                     for name, load in _LOADS.items():
                         progress.step(f"round {number + 1} of {rounds}, {name} {'with' if on else 'without'}")
                         (with_agent if on else without)[name] += [bench.run(load) for _ in range(_RUNS)]
+                    progress.step(f"round {number + 1} of {rounds}, Go {'with' if on else 'without'}")
+                    go_rates[on] += [go.rate() for _ in range(_RUNS)]
         finally:
             agent.stop()
 
@@ -81,7 +91,12 @@ def rows(quick: bool) -> Iterator[Row]:
     yield cpu("DNS query and answer", "dns", 1.10, "one unconnected socket")
     yield cpu("DNS, a fresh socket each", "dns fresh", None, "as resolvers in the C library do")
     yield cpu("bulk, 64 KiB writes", "bulk", None, "")
-    for title, name in (("ping-pong", "pingpong"), ("connect + hello", "hello"), ("DNS", "dns")):
+    for title, name in (
+        ("ping-pong", "pingpong"),
+        ("connect + hello", "hello"),
+        ("DNS", "dns"),
+        ("HTTP/1.1, programs that do nothing else", "http"),
+    ):
         yield compared(
             f"request rate, {title}",
             [r.rate for r in with_agent[name]],
@@ -91,13 +106,13 @@ def rows(quick: bool) -> Iterator[Row]:
             note="both ends on one CPU",
         )
     rate = compared(
-        "request rate, HTTP/1.1",
-        [r.rate for r in with_agent["http"]],
-        [r.rate for r in without["http"]],
+        "request rate, HTTP/1.1, Go's net/http",
+        go_rates[True],
+        go_rates[False],
         "1/s",
         "without agent",
         0.95,
-        "both ends on one CPU",
+        "client and server with an access log, on one CPU",
     )
     yield rate._replace(at_least=True)
     yield compared(
@@ -150,3 +165,51 @@ class _Live:
                 server.kill()
                 server.wait()
         return sum(end["user_s"] + end["system_s"] for end in (said, heard)), said
+
+
+class _Go:
+    """A server of Go's net/http, and a client for each run, on one CPU; a context manager."""
+
+    def __init__(self, lab: Lab, cgroup: Cgroup) -> None:
+        self._lab, self._cgroup = lab, cgroup
+        self._program = REPOSITORY / ".venv/tools/goclient"
+        if not self._program.exists():
+            raise LabError("the Go client is not built; run: scripts/tools goclient")
+
+    def _start(self, *words: str) -> subprocess.Popen[str]:
+        return self._cgroup.popen(
+            ["taskset", "-c", str(cpus()[0]), str(self._program), *words],
+            netns=self._lab.pods,
+            names=False,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def __enter__(self) -> _Go:
+        self._server = self._start("-serve", f"{POD4}:{_GO_PORT}")
+        deadline = time.monotonic() + 10
+        while self._request(1)[0]:
+            if time.monotonic() > deadline:
+                self.__exit__()
+                raise LabError("the Go server does not answer")
+            time.sleep(0.1)
+        self._before = statistics.median(self._request(1)[1] for _ in range(5))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.communicate()
+
+    def _request(self, number: int) -> tuple[int, float]:
+        """The client's exit status, and how many seconds it took."""
+        began = time.monotonic()
+        client = self._start("-url", f"http://{POD4}:{_GO_PORT}/", "-n", str(number))
+        client.communicate(timeout=60)
+        return client.returncode, time.monotonic() - began
+
+    def rate(self) -> float:
+        """Requests a second, one after another on one connection."""
+        failed, seconds = self._request(_GO_REQUESTS)
+        if failed:
+            raise LabError("a request of the Go client had no answer")
+        return _GO_REQUESTS / (seconds - self._before)
