@@ -184,7 +184,7 @@ def test_d1_redirect(asked, local, watch, run, lab, servers):
         run(TCP_CLIENT, peer=asked, port=1002, n=N)
         run(TCP_CLIENT, peer=onward.peer, port=onward.port, n=N)
         watch.until(lambda w: w.row(client(asked, 1002)).closed == w.row(onward).closed == N)
-    assert list(watch.rows) == [client(asked, 1002), onward]
+    assert set(watch.rows) == {client(asked, 1002), onward}
     assert {address(key.peer): key.redirected for key in watch.moved} == {asked: 1, onward.peer: 0}
     assert (watch.total.opened, watch.total.closed, watch.total.refused) == (2 * N, 2 * N, 0)
     assert watch.row(client(asked, 1002)).tx_bytes > N * 50 < watch.row(client(asked, 1002)).rx_bytes
