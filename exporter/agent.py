@@ -29,9 +29,9 @@ from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
 from exporter.emit.routes import Routes
 from exporter.emit.setup import Setups
-from exporter.enrich import ContainerNames, HiddenNames, Names, PeerGroups, Workloads, find_root
+from exporter.enrich import ContainerNames, HiddenNames, HiddenPlaces, Names, PeerGroups, Workloads, find_root
 from exporter.errors import SettingsError
-from exporter.events import Counts, Event, Flow
+from exporter.events import Counts, Event, Flow, Workload
 from exporter.health import losses
 from exporter.inventory import Inventory
 from exporter.join import Join
@@ -116,15 +116,16 @@ class Pipeline:
         self.containers = ContainerNames()
         self.workloads = Workloads(root, self.containers)
         self.workloads.scan()
-        self.names = Names()
+        self.names, self.hidden_places = Names(), HiddenPlaces(settings.exclude_cidrs)
         self.join = Join(
             self.workloads.lookup,
             kernel.names.get,
             self.names.name_for,
-            self.names.learn_for,
+            self.learn,
             HiddenNames(settings.exclude_suffixes),
             self.clock.wall,
             kernel.received,
+            self.hidden_places,
         )
         self.inventory: Inventory | None = None
         if settings.inventory is not None:
@@ -278,6 +279,11 @@ class Pipeline:
         if self.instrumented.own(event):
             return None
         return event if self.groups is None or event.filtered else self.groups.counted(self.groups.tag(event))
+
+    def learn(self, who: Workload, name: str, answers: tuple[tuple[str, int], ...], now: int) -> None:
+        """What a workload's lookup told."""
+        self.names.learn_for(who, name, answers, now)
+        self.hidden_places.learn(who, name, answers, now)
 
     def flow(self, key: maps.FlowKey) -> Flow:
         """A kernel row in words."""

@@ -50,7 +50,8 @@ class Join:
     """`who`: cgroup id -> workload. `name_of`: name id -> the name that was shown. `learned`: (workload, address,
     monotonic ns) -> the name under which that workload resolved the address. `learn`: (workload, name asked,
     (address, TTL in seconds) ..., monotonic ns) remembers an answer. `hidden`: does `exclude` hide this name?
-    `to_wall`: CLOCK_MONOTONIC ns -> ns since the epoch. `received`: see Exchanges."""
+    `to_wall`: CLOCK_MONOTONIC ns -> ns since the epoch. `received`: see Exchanges. `hidden_place`: does
+    it hide whom a request is for (workload, host, monotonic ns) whose connection is not known?"""
 
     def __init__(
         self,
@@ -61,9 +62,10 @@ class Join:
         hidden: Callable[[str], bool],
         to_wall: Callable[[int], int],
         received: Callable[[int], tuple[int, int] | None],
+        hidden_place: Callable[[Workload, str, int], bool] = lambda who, host, now: False,
     ) -> None:
         self._who, self._name_of, self._learned = who, name_of, learned
-        self._hidden, self._to_wall = hidden, to_wall
+        self._hidden, self._hidden_place, self._to_wall = hidden, hidden_place, to_wall
         self._lookups = Lookups(who, learn, hidden, to_wall)
         self._encrypted = Encrypted()
         self._exchanges = Exchanges(received, self._encrypted.place)
@@ -226,7 +228,7 @@ class Join:
                 s.local_port,
                 s.peer,
                 s.port,
-                s.scope,
+                s.scope if s.peer else "",
                 domain,
                 source,
                 status,
@@ -242,7 +244,8 @@ class Join:
                 headers,
                 proxy,
                 s.cookie,
-                source != events.ADDRESS and self._hidden(domain),
+                (source != events.ADDRESS and self._hidden(domain))
+                or (not s.peer and self._hidden_place(who, domain, s.time)),
                 exchange,
                 tls,
                 False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import http.client
+import ipaddress
 import json
 import os
 import queue
@@ -16,6 +17,7 @@ import re
 import socket
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -27,6 +29,7 @@ PER_WORKLOAD = 4_096
 TOTAL = 65_536
 NAMES_PER_ADDRESS = 4  # a CDN's address has many names; the newest that has not expired wins
 SWEEP_EVERY = 1 * SECOND
+PLACES, PLACE_SECONDS = 8_192, 3_600
 SWEEP_STEP = 1_024  # entries looked at per sweep; one table is never cut, so at most PER_WORKLOAD more
 
 Key = str | int
@@ -186,6 +189,59 @@ class HiddenNames:
                 self._cache.clear()
             hidden = any(name == suffix or name.endswith("." + suffix) for suffix in self._suffixes)
             self._cache[name] = hidden
+        return hidden
+
+
+class HiddenPlaces:
+    """Does `exclude.cidrs` hide whom a request is for whose connection is not known? The kernel decides by a socket's
+    peer; a request seen inside a TLS library may have none. Then it is an address itself, or a name that the workload
+    looked up and that led to hidden addresses only. Bounded by PLACES; kept for PLACE_SECONDS after the last use."""
+
+    def __init__(self, networks: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> None:
+        self._networks = networks
+        self._addresses: dict[str, bool] = {}
+        self._names: OrderedDict[tuple[Key, str], int] = OrderedDict()  # until when
+
+    def learn(self, who: Workload, name: str, answers: Sequence[tuple[str, int]], now: int) -> None:
+        """Take one DNS answer, as Names.learn does. `now`: ns."""
+        if not self._networks:
+            return
+        for address, _ in answers:
+            hidden = self._addresses.get(address)
+            if not (self._address(address) if hidden is None else hidden):
+                if self._names:
+                    self._names.pop((key(who), name), None)
+                return
+        place = key(who), name
+        self._names[place] = now + PLACE_SECONDS * SECOND
+        self._names.move_to_end(place)
+        if len(self._names) > PLACES:
+            self._names.popitem(last=False)
+
+    def __call__(self, who: Workload, host: str, now: int) -> bool:
+        if not self._networks:
+            return False
+        place = key(who), host
+        until = self._names.get(place)
+        if until is None:
+            return self._address(host)
+        if until < now:
+            del self._names[place]
+            return False
+        self._names[place] = now + PLACE_SECONDS * SECOND
+        return True
+
+    def _address(self, text: str) -> bool:
+        hidden = self._addresses.get(text)
+        if hidden is None:
+            if len(self._addresses) >= 4096:
+                self._addresses.clear()
+            try:
+                address = ipaddress.ip_address(text)
+                hidden = any(address in network for network in self._networks)
+            except ValueError:  # a name
+                hidden = False
+            self._addresses[text] = hidden
         return hidden
 
 

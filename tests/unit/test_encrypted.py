@@ -48,6 +48,7 @@ class Node:
             lambda name: False,
             lambda monotonic: monotonic,
             lambda cookie: None,
+            lambda who, host, now: host == "10.0.0.9",
         )
         self.time = 0
         self.events: list[Event] = []
@@ -405,3 +406,12 @@ def test_what_never_closes_is_let_go(node: Node) -> None:
     node.get(5)
     node.events += node.join.expire(node.time + 20 * SECOND)
     assert [event.kind for event in node.events] == [events.CONNECT, events.HTTPS, events.TLS]
+
+
+def test_d5_a_request_to_an_excluded_address_is_hidden_although_its_connection_is_not_known(node: Node) -> None:
+    """The kernel tells no ClientHello of an excluded socket."""
+    event = node.get(1, host="10.0.0.9")
+    assert (event.filtered, event.dst, event.scope) == (True, "", "")
+    assert not node.get(2, host="10.0.0.8").filtered
+    node.connect(1, name="10.0.0.9")  # told, hence not excluded
+    assert not node.get(3, host="10.0.0.9").filtered

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import timeit
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.enrich.names import NAMES_PER_ADDRESS, TTL_CAP, TTL_FLOOR, Names, _Entry, key
+from exporter.enrich import names as module
+from exporter.enrich.names import NAMES_PER_ADDRESS, TTL_CAP, TTL_FLOOR, HiddenPlaces, Names, _Entry, key
 from exporter.events import SECOND, Workload
 
 NOW = 1_700_000_000 * SECOND
@@ -146,3 +149,44 @@ def test_a_look_up_is_cheap() -> None:
         names.learn(owner, "example.com", [(f"192.0.{owner}.{i}", 300) for i in range(250)], NOW)
     best = min(timeit.repeat(lambda: names.name(9, "192.0.9.99", NOW), number=100_000, repeat=5)) / 100_000
     assert best < 1e-6
+
+
+# --- whom `exclude` hides without a socket ----------------------------------------------------------------------------
+
+HIDDEN = tuple(map(ipaddress.ip_network, ("10.0.0.0/8", "127.0.0.0/8", "::1/128", "fc00::/7")))
+
+
+def test_d5_addresses_that_are_excluded() -> None:
+    places = HiddenPlaces(HIDDEN)
+    who = workload(1)
+    assert [host for host in ("10.1.2.3", "127.0.0.1", "::1", "fd00::9", "192.0.2.1", "2001:db8::1", "a.example", "")
+            if places(who, host, NOW)] == ["10.1.2.3", "127.0.0.1", "::1", "fd00::9"]  # fmt: skip
+    assert not HiddenPlaces(())(who, "10.1.2.3", NOW)
+
+
+def test_d5_names_that_led_to_excluded_addresses_only() -> None:
+    places = HiddenPlaces(HIDDEN)
+    pod, other = workload(1, "uid", "c1"), workload(3)
+    places.learn(pod, "in.example", [("10.0.0.1", 5), ("fd00::1", 5)], NOW)
+    places.learn(pod, "both.example", [("10.0.0.1", 5), ("192.0.2.1", 5)], NOW)
+    assert places(workload(2, "uid", "c2"), "in.example", NOW)
+    assert not places(pod, "both.example", NOW)
+    assert not places(other, "in.example", NOW)
+    # A connection that is kept open uses a name long after its TTL; one that nobody uses is forgotten.
+    later = NOW + 3000 * SECOND
+    assert places(pod, "in.example", later)
+    assert places(pod, "in.example", later + 3000 * SECOND)
+    assert not places(pod, "in.example", later + 7000 * SECOND)
+    places.learn(pod, "in.example", [("10.0.0.1", 5)], NOW)
+    places.learn(pod, "in.example", [("192.0.2.1", 5)], NOW)  # it has moved
+    assert not places(pod, "in.example", NOW)
+
+
+def test_d5_what_is_kept_of_hidden_places_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PLACES", 50)
+    places = HiddenPlaces(HIDDEN)
+    for n in range(6_000):
+        places.learn(workload(n), "in.example", [(f"10.0.{n >> 8}.{n & 255}", 5)], NOW)
+    assert len(places._names) == 50
+    assert len(places._addresses) <= 4096
+    assert places(workload(5_999), "in.example", NOW)
