@@ -207,3 +207,20 @@ def test_uprobes_off(host: Host, world: World) -> None:
         eventually(lambda: [event for event in agent.events if event["kind"] == "close"])
         assert {event["kind"] for event in agent.events} == {"dns", "connect", "tls", "close"}
         assert not agent.metrics().total("ebfw_uprobe_attached")
+
+
+def test_d5_exclude_hides_what_is_inside_tls(host: Host, world: World) -> None:
+    """The address of the server is excluded. Asked by name and by address it is counted, and not told."""
+    config = host.directory / "exclude.yaml"
+    config.write_text(f"exclude:\n  cidrs: [{SERVERS4[0]}/32, {SERVERS6[0]}/128]\n")
+    with world.holder(host.shop):
+        agent = host.start(EBFW_OUTPUT="json", EBFW_CONFIG=str(config)).ready()
+        world.curl(host.shop, "https://inside.lab.example/hidden/[1-23]")
+        world.curl(host.shop, "-k", f"https://{SERVERS4[0]}/hidden/[1-23]")
+        count = "http_client_request_duration_seconds_count"
+        eventually(lambda: agent.metrics().total(count, server_address="~excluded") == 46)
+        assert agent.metrics().total(count) == 46
+        assert agent.metrics().total("ebfw_filtered_total", kind="https") == 46
+        assert {event["kind"] for event in agent.events} == {"dns"}  # which goes by the name that is asked for
+        log = world.servers.log("https", "request")
+        assert len([request for request in log if request["target"].startswith("/hidden/")]) == 46
