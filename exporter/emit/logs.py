@@ -81,7 +81,7 @@ class Record(NamedTuple):
 
 
 class Notable:
-    """Decides. One thread calls it. `volume`: "notable" or "all". At most 65,536 destinations and 4,096
+    """Decides. One thread calls it. `volume`: "notable" or "all". At most 32,768 destinations and 4,096
     failures are remembered; a destination that was forgotten is told again. `inventory`: there is one, whose events
     tell new destinations, also over restarts."""
 

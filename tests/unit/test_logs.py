@@ -49,7 +49,7 @@ def test_d13_memory_of_destinations_and_failures_is_bounded() -> None:
         if n % 1000 == 0:
             notable.due()
     notable.due()
-    assert len(notable._young) + len(notable._old) <= 65_536
+    assert len(notable._young) + len(notable._old) <= 32_768
     assert len(notable._windows) <= 4096
 
 
