@@ -98,7 +98,8 @@ def run(settings: Settings) -> int:
 
 
 class Pipeline:
-    """Ring -> decode -> join (who, name) -> redact -> metrics, console, OTLP; counters -> metrics."""
+    """Ring -> decode -> join (who, name) -> hygiene, instrumented, peer groups -> metrics -> redact -> inventory,
+    console, OTLP. Counters -> peer groups -> instrumented, hygiene, inventory, metrics."""
 
     def __init__(
         self,

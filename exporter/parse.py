@@ -2,7 +2,8 @@
 
 In: captured bytes, possibly cut off, possibly hostile. Out: a small named tuple, or None for "this is not
 one". Pure functions; work is bounded by the length of the input; they never raise. Not their job: redaction
-(emit.redact), matching a query with its answer (join), ClientHellos (the kernel side walks those).
+(emit.redact), matching a query with its answer (lookups) or a request with its response (exchanges), TLS and QUIC
+(tls, quic), HTTP/2 (http2).
 
 Sources: RFC 9112 sections 2-5 (HTTP/1.1 messages), RFC 9110 section 4.2 (URIs), RFC 1035 section 4 (DNS
 messages), RFC 3596 (AAAA), RFC 9460 (SVCB, HTTPS), RFC 2782 (SRV), RFC 6895 (codes)."""

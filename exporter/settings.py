@@ -1,14 +1,12 @@
 """Settings: what the user asked for, checked, before anything touches the kernel.
 
-In: the environment, and one YAML file (seed's keys: `cgroup`, `exclude`). Out: one frozen `Settings`. This is
+In: the environment, and one YAML file (`cgroup`, `exclude`). Out: one frozen `Settings`. This is
 the only module that reads either; everything else gets a `Settings`, so tests pass one. Not its job: finding
 the cgroup2 root, resolving names, or checking that a path is usable (the kernel layer does, when it uses it).
 
-Stricter than the seed, which silently took the default for a boolean or a key that it did not know: here
-every mistake in an EBFW_* variable or in the file is a `SettingsError` that names the key and the nearest
-right one. A variable that is set but empty counts as not set, except EBFW_METRICS_ADDR, where empty means "no
-/metrics". Mistakes in OTEL_* are not this module's: the OpenTelemetry specification wants a warning and a
-fallback there."""
+Every mistake in an EBFW_* variable or in the file is a `SettingsError` that names the key and the nearest right one.
+A variable that is set but empty counts as not set, except those of `_EMPTY_MEANS_SOMETHING`. Mistakes in
+OTEL_* are not this module's: the OpenTelemetry specification wants a warning and a fallback there."""
 
 from __future__ import annotations
 
@@ -52,13 +50,11 @@ class Settings:
     """Every setting, with its default. Built by `load`; tests build it directly."""
 
     cgroup: Path | None = None
-    """Only this cgroup2 directory and what is below it is watched. None: the root of the hierarchy, wherever
-    it is mounted. The seed's default, /sys/fs/cgroup, means None: on hybrid hosts cgroup2 is not mounted
-    there."""
+    """Only this cgroup2 directory and what is below it is watched. Not set, or /sys/fs/cgroup: the whole host,
+    wherever cgroup2 is mounted. Set but empty is a mistake."""
 
     exclude_cidrs: tuple[Network, ...] = DEFAULT_EXCLUDE_CIDRS
-    """Peers in these networks are counted but not narrated. Default, the seed's: loopback, private,
-    link-local."""
+    """Peers in these networks are counted but not narrated. Default: loopback, private, link-local."""
 
     exclude_suffixes: tuple[str, ...] = DEFAULT_EXCLUDE_SUFFIXES
     """Names equal to or below these are counted but not narrated: lower case, no leading or trailing dot."""
@@ -70,8 +66,7 @@ class Settings:
     """Keep (redacted) request headers in text and JSON. Off: headers carry personal data."""
 
     inspect_body: bool = False
-    """Has no effect, as in the seed: bodies are never captured. Accepted so that the seed's settings still
-    load."""
+    """No effect: bodies are never captured. Accepted, so that a deployment that sets it still starts."""
 
     output: str = "text"
     """What goes to standard output, one line an event: text, json, or none."""
@@ -80,42 +75,42 @@ class Settings:
     """Colour on standard output. None: if it is a terminal. False where NO_COLOR is set or TERM is dumb."""
 
     metrics_addr: tuple[str, int] | None = ("127.0.0.1", 9090)
-    """Where /metrics listens: (host, port), host "" = all interfaces, port 0 = any free one; None = nowhere.
-    Loopback by default, not all interfaces as in the seed: the page says who talks to whom."""
+    """Where /metrics listens: :9090 is all interfaces, port 0 any free one; empty: nowhere. Only this host by
+    default, since the page says who talks to whom."""
 
     metrics_cert: Path | None = None
     """PEM file with the certificate for /metrics, which is then served over TLS alone."""
 
     metrics_key: Path | None = None
-    """PEM file with the certificate's key. None: it is in the certificate's file."""
+    """PEM file with the certificate's key. Not set: it is in the certificate's file."""
 
     metrics_users: Path | None = None
     """File of `name:password` lines; who asks for /metrics has to be one of them. /healthz and /readyz stay open."""
 
     node_name: str = field(default_factory=socket.gethostname)
-    """The node's name on every record. Default: the host name; the chart sets the Kubernetes node name."""
+    """The node's name on every record. In Kubernetes, set it to the name of the node."""
 
     enforce_mode: str = "off"
-    """off, log or enforce. Only off works in this version."""
+    """Only off works in this version; log and enforce are refused."""
 
     policy_source: str = "file"
-    """file or crd. Read, checked and not used while enforce_mode is off."""
+    """Where a policy would come from. Read and checked; this version uses none."""
 
     policy: Path | None = None
-    """The policy file. Read, checked and not used while enforce_mode is off."""
+    """The policy file. It has to be there; this version does not use it."""
 
     enforce_dry_run: bool = False
-    """Program verdicts, do not drop. Read, checked and not used while enforce_mode is off."""
+    """Say what a policy would drop, and drop nothing. Read and checked; this version uses none."""
 
     pin_path: Path = Path("/sys/fs/bpf/ebfw")
     """Directory on a bpffs where maps and links are pinned, so that totals survive the agent."""
 
     cache_path: Path | None = Path("/var/cache/ebfw")
-    """Folder in which the compiled programs are kept for the next start; None: they are compiled at every start. What
+    """Folder in which the compiled programs are kept for the next start; empty: they are compiled at every start. What
     others than the agent's user could write is not read."""
 
     spans_per_second: int = 100
-    """Spans a second and node that are exported while no sampler is set, shared fairly between workloads; 0 =
+    """Spans a second and node that are exported while no sampler is set, shared fairly between workloads; 0:
     none. The rest is counted. Enough to look at, little enough for any backend."""
 
     logs: str = "notable"
@@ -125,8 +120,9 @@ class Settings:
     """File that maps networks and domains to groups, the attribute ebfw.peer.group. Read again when it changes."""
 
     inventory: Path | None = None
-    """File in which the inventory of destinations is kept over restarts. None: no inventory. Under systemd with
-    StateDirectory= the default is inventory.json in that directory."""
+    """File in which the inventory of destinations is kept over restarts. Not set: no inventory, but under systemd
+    with StateDirectory= inventory.json in that directory; empty: none there either."""
+
     http_headers: frozenset[str] = frozenset()
     """Names of request headers that are told, redacted, in lines and in spans: lower case. Credentials read REDACTED
     all the same. OTEL_INSTRUMENTATION_HTTP_CLIENT_CAPTURE_REQUEST_HEADERS adds to them."""
@@ -150,7 +146,8 @@ class Settings:
     second in which the agent does not run at 10,000 events a second; the agent maps it, so it counts as its memory."""
 
     uprobes: bool = True
-    """Attach to TLS libraries to see requests inside TLS. Without it HTTPS is names and bytes only."""
+    """Attach to TLS libraries to see requests inside TLS. Without it, HTTPS is connections, names,
+    handshakes and bytes."""
 
     persist: bool = False
     """Leave programs, links and maps pinned at a clean exit: counting goes on without the agent."""
@@ -162,11 +159,12 @@ class Settings:
     """Whose series: workload (the pods of one workload on this node together) or pod (each its own)."""
 
     metrics_attributes: frozenset[str] = frozenset()
-    """Attributes that metrics have only when asked for: dns question type, peer port, url scheme and template, JA4;
+    """Attributes that metrics have only when asked for: DNS question type, peer port, URL scheme and template, JA4;
     each multiplies the series of its metrics. docs/metrics.md says which."""
 
     metrics_opt_in: frozenset[str] = frozenset()
-    """Metrics that there are only when asked for: body sizes, time to the first byte."""
+    """Metrics that there are only when asked for: body sizes, time to the first byte, HTTP connections. docs/metrics.md
+    names them."""
 
     routes: tuple[str, ...] = ()
     """Templates of request paths, for span names and url.template, such as /users/{id}/*: `{name}` and `*` stand for

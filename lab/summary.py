@@ -19,6 +19,18 @@ LOOKUPS = "dns_lookup_duration_seconds_count"
 LOST = "ebfw_records_lost_total"
 
 _ROWS = 20  # of the table of peers
+
+# What a reader who adds up would stumble over.
+_KINDS = (
+    "  Most steps ask for an IPv4 and an IPv6 address: two lookups, two failures where there is no such name.",
+    "  A connection that failed, and UDP, has no `close`. Through a proxy there are two requests: CONNECT, and",
+    "  the one inside. HTTPS requests may be missing in the first half second, until probes are on the library.",
+)
+_PEERS = (
+    "  A connection is counted under the name known at the time. Behind the proxy it opens under the proxy's",
+    "  name and goes on under the one in its TLS: `opened` in one row, most bytes in another.",
+    "  `-`: opened under another name, never opened, or UDP.",
+)
 _SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? +(\S+)(?: \S+)?$")
 _LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
 _ESCAPE = re.compile(r"\\(.)")
@@ -98,6 +110,7 @@ def describe(text: str, steps: Mapping[str, int], odd: Sequence[str], roles: Seq
         ("kind", "events"),
         ((kind, str(n)) for (kind,), n in total(EVENTS, lambda labels: (labels.get("kind", "?"),)).most_common()),
     )
+    out += _KINDS
 
     sent = total(BYTES, lambda labels: (who(labels), peer(labels), labels.get("network_io_direction", "?")))
     opened = total(CONNECTIONS, lambda labels: (who(labels), peer(labels), labels.get("ebfw_connection_state", "?")))
@@ -120,6 +133,8 @@ def describe(text: str, steps: Mapping[str, int], odd: Sequence[str], roles: Seq
     )
     if len(pairs) > _ROWS:
         out.append(f"  and {len(pairs) - _ROWS} more")
+
+    out += _PEERS
 
     failed = total(FAILURES, lambda labels: (who(labels), peer(labels), labels.get("error_type", "?")))
     unanswered = total(

@@ -37,7 +37,7 @@ NAMES: dict[str, Entry] = {
     "edge.bank.example": Entry((net.SERVERS4[2],)),
     "ledger.bank.example": Entry((net.VIRTUAL4,)),  # nobody has the address: `demo` makes a DNAT rule for it
     "old.bank.example": Entry((net.SERVERS4[3],)),
-    "branch.bank.example": Entry((net.REJECT4,)),
+    "branch.bank.example": Entry((net.NO_ROUTE4,)),
     "metrics.ops.example": Entry((net.SERVERS4[4],)),
     "proxy.ops.example": Entry((net.SERVERS4[5],)),
     "backup.ops.example": Entry((net.BLACKHOLE4,)),

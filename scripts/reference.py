@@ -111,12 +111,20 @@ def _otel() -> list[str]:
     return _table(("variable", "per signal", "default", "meaning"), rows)
 
 
+# What `settings.load` reads beside its table.
+_ELSEWHERE = (
+    ("`EBFW_CONFIG`", "path", "none", "The YAML file with `cgroup` and `exclude`; `--config` wins over it."),
+    ("`NO_COLOR`", "text", "none", "Set to anything: no colour on a terminal."),
+)
+
+
 def _ebfw() -> list[str]:
     defaults, help_ = settings.Settings(), _docstrings()
     rows = []
     for variable in settings.VARIABLES:
         default = "the host's name" if variable.field == "node_name" else _shown(getattr(defaults, variable.field))
         rows.append((f"`{variable.name}`", variable.values, default, help_[variable.field]))
+    rows += _ELSEWHERE
     return _table(("variable", "values", "default", "meaning"), rows)
 
 

@@ -244,11 +244,13 @@ NETWORK_PACKETS = Metric(
     (*_FLOW, IO_DIRECTION), more=(PEER_PORT,), observed=True,
 )  # fmt: skip
 TCP_CONNECTIONS = Metric(
-    "ebfw.tcp.connections", "{connection}", COUNTER, "TCP connections opened and closed.",
+    "ebfw.tcp.connections", "{connection}", COUNTER,
+    "TCP connections opened and closed, each under the name known then.",
     (*_FLOW, CONNECTION_STATE), more=(PEER_PORT,), observed=True,
 )  # fmt: skip
 TCP_FAILURES = Metric(
-    "ebfw.tcp.connection.failures", "{connection}", COUNTER, "TCP connections never opened, by reason.",
+    "ebfw.tcp.connection.failures", "{connection}", COUNTER,
+    "TCP connections never opened, by reason; `cancelled`: the client gave up first.",
     (*_FLOW, ERROR_TYPE), more=(PEER_PORT,), observed=True,
 )  # fmt: skip
 TCP_RETRANSMITS = Metric(
@@ -344,7 +346,11 @@ PORTS_USED = Metric(
 
 # What the agent does. The first four keep the seed's names, hence their short attribute names.
 EVENTS = Metric("ebfw.events", "{event}", COUNTER, "Events told, by kind.", ("kind",))
-FILTERED = Metric("ebfw.filtered", "{event}", COUNTER, "Events not told because `exclude` matched, by kind.", ("kind",))
+FILTERED = Metric(
+    "ebfw.filtered", "{event}", COUNTER,
+    "Events not told because `exclude` matched, by kind; behind excluded addresses requests are not even read.",
+    ("kind",),
+)  # fmt: skip
 ATTRIBUTION = Metric(
     "ebfw.attribution",
     "{event}",
@@ -487,7 +493,11 @@ ATTRIBUTES: Final = (
         (WORKLOAD_KIND, "string", "pod, container, unit, session, cgroup, host, unknown"),
         (WORKLOAD_QOS, "string", "guaranteed, burstable or besteffort"),
         (SYSTEMD_UNIT, "string", "the systemd unit"),
-        (PEER_SCOPE, "string", "internet, loopback, private or link_local"),
+        (
+            PEER_SCOPE,
+            "string",
+            "internet, loopback, private or link_local; in metrics of HTTP, RPC and TLS only beside `~excluded`",
+        ),
         (PEER_NAME_SOURCE, "string", "where the peer's name comes from: host, sni, dns, address"),
         (ROLE, "string", "client, server or unknown"),
         (

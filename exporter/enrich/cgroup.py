@@ -1,7 +1,7 @@
 """cgroup id -> Workload: what the kernel says of a socket's owner, read as a pod, container, unit or session.
 
 In: the cgroup ids in the kernel's records; the cgroup2 tree. Out: `events.Workload`. Not its job: what a path says
-(cgroup_path.py), pods' names and labels (pods.py), the names of addresses (names.py), anything about processes.
+(cgroup_path.py), the names of containers and addresses (names.py), what a process was started with (environ.py).
 
 A cgroup's id is the inode number of its directory and a kernfs file handle at once (Linux 5.5 and later), so
 an id becomes a path without a search. A removed cgroup has neither; therefore the tree is watched, ids are

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from exporter.emit import semconv as c
+
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted(REPO.glob("docs/*.md"))
 
@@ -46,6 +48,21 @@ def test_decisions_have_a_test_against_the_real_thing(decision: str) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "known"),
+    [
+        ("EBFW_METRICS_OPT_IN", {metric.name for metric in c.WORKLOAD_METRICS if metric.opt_in}),
+        ("EBFW_METRICS_ATTRIBUTES", {name for metric in c.WORKLOAD_METRICS for name in metric.more}),
+    ],
+)
+def test_the_readme_names_what_can_be_chosen(variable: str, known: set[str]) -> None:
+    (row,) = [row for row in (REPO / "README.md").read_text().splitlines() if row.startswith(f"| `{variable}` |")]
+    named = re.findall(r"`([\w.]+)`", row)[1:]
+    assert sorted(named) == sorted(known)
+    page = (REPO / "docs" / "metrics.md").read_text()
+    assert [name for name in known if name not in page] == []
 
 
 def test_the_agent_needs_no_kubernetes_client() -> None:

@@ -45,7 +45,7 @@ def test_everything_is_there_with_type_unit_and_stability() -> None:
 
 def test_every_variable_is_there() -> None:
     text = (DOCS / "configuration.md").read_text()
-    for name in (*(v.name for v in VARIABLES), *(v.name for v in otlp_settings.VARIABLES)):
+    for name in (*(v.name for v in VARIABLES), "EBFW_CONFIG", "NO_COLOR", *(v.name for v in otlp_settings.VARIABLES)):
         assert f"| `{name}` |" in text
 
 
