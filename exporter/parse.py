@@ -451,11 +451,10 @@ class _Bad(Exception):
     """The bytes contradict the format, or end too early."""
 
 
-_CACHED = 4096
+_CACHED = 2048
 _MESSAGES = 2048
 _LONG = 512  # bytes of a message that is not kept
 _messages: dict[bytes, DnsMessage] = {}  # by all their bytes but the id: hosts ask for the same names over and over
-_asked: dict[bytes, str] = {}  # names as they stand in questions -> as text
 _addresses: dict[bytes, str] = {}
 
 
@@ -482,19 +481,7 @@ def _read_dns(data: bytes) -> DnsMessage | None:
     if questions != 1 or flags & 0x7800:
         return None
     try:
-        # The bytes up to the first zero are the name, unless a label holds a zero, and then they are not kept.
-        at = data.find(b"\0", 12) + 1
-        written = data[12:at]
-        known = _asked.get(written)
-        if known is None:
-            qname, after = _name(data, 12)
-            if after == at:
-                if len(_asked) >= _CACHED:
-                    _asked.clear()
-                _asked[written] = qname
-            at = after
-        else:
-            qname = known
+        qname, at = _name(data, 12)
         qtype, qclass = _QUESTION_FORMAT.unpack_from(data, at)
     except (_Bad, IndexError, struct.error):
         return None

@@ -45,7 +45,7 @@ from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, OK, SERVER, TLS, C
 __all__ = ["Gone", "Metrics", "Point", "Snapshot", "is_delta"]
 
 _EXEMPLARS = 1000  # the default budget of spans twice over, at expire()'s five seconds
-_LABEL_SETS = 4096  # remembered for each workload between two calls of expire()
+_LABEL_SETS = 1024  # remembered for each workload between two calls of expire()
 
 _CONNECT, _RTT, _DNS, _TLS = IX[c.CONNECT_TIME], IX[c.RTT], IX[c.DNS_TIME], IX[c.TLS_TIME]
 _HANDSHAKES, _HTTP, _RPC, _OPEN = IX[c.TLS_HANDSHAKES], IX[c.HTTP_TIME], IX[c.RPC_TIME], IX[c.OPEN_CONNECTIONS]

@@ -23,7 +23,7 @@ SLOW = 500_000_000  # ns
 # A lookup belongs to a connection that starts so soon after its answer: later it came out of somebody's cache.
 LOOKUP_NS = 1_000_000_000
 WAIT_NS = 10_000_000_000
-_LOOKUPS = 4096
+_LOOKUPS = 1024
 _WAITING = 8192
 _TOLD = 8192
 

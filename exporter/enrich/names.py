@@ -234,7 +234,7 @@ class HiddenPlaces:
     def _address(self, text: str) -> bool:
         hidden = self._addresses.get(text)
         if hidden is None:
-            if len(self._addresses) >= 4096:
+            if len(self._addresses) >= 2048:
                 self._addresses.clear()
             try:
                 address = ipaddress.ip_address(text)

@@ -359,7 +359,7 @@ def test_what_is_remembered_of_labels_is_bounded() -> None:
         metrics.observe_all(
             (event("https", domain=f"h{n}", path=f"/a.B/c{n}", exchange=exchange), event(domain=f"h{n}"))
         )
-    assert all(len(known.fast) <= 4096 for known in metrics._store.cgroups.values())
+    assert all(len(known.fast) <= 1024 for known in metrics._store.cgroups.values())
     metrics.expire()
     assert not any(known.fast for known in metrics._store.cgroups.values())
 

@@ -188,5 +188,5 @@ def test_d5_what_is_kept_of_hidden_places_is_bounded(monkeypatch: pytest.MonkeyP
     for n in range(6_000):
         places.learn(workload(n), "in.example", [(f"10.0.{n >> 8}.{n & 255}", 5)], NOW)
     assert len(places._names) == 50
-    assert len(places._addresses) <= 4096
+    assert len(places._addresses) <= 2048
     assert places(workload(5_999), "in.example", NOW)
