@@ -6,8 +6,9 @@ the cgroup2 root, resolving names, or checking that a path is usable (the kernel
 
 Stricter than the seed, which silently took the default for a boolean or a key that it did not know: here
 every mistake in an EBFW_* variable or in the file is a `SettingsError` that names the key and the nearest
-right one. A variable that is set but empty counts as not set, except EBFW_METRICS_ADDR, where empty means "no
-/metrics". Mistakes in OTEL_* are not this module's: the OpenTelemetry specification wants a warning and a
+right one. A variable that is set but empty counts as not set, except where empty means "none" (EBFW_METRICS_ADDR: no
+/metrics), and except EBFW_CGROUP, where it is a mistake: an unset shell variable must not mean the whole host.
+Mistakes in OTEL_* are not this module's: the OpenTelemetry specification wants a warning and a
 fallback there."""
 
 from __future__ import annotations
@@ -254,6 +255,8 @@ def _optional(text: str) -> Path | None:
 
 
 def _cgroup(text: str) -> Path | None:
+    if not text.strip():
+        raise ValueError("names no cgroup; leave it out to watch the whole host")
     path = _absolute(text)
     return None if path == Path("/sys/fs/cgroup") else path
 
@@ -383,7 +386,7 @@ VARIABLES: tuple[Variable, ...] = (
 )
 
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
-_EMPTY_MEANS_SOMETHING = frozenset({"EBFW_METRICS_ADDR", "EBFW_INVENTORY", "EBFW_CACHE_PATH"})
+_EMPTY_MEANS_SOMETHING = frozenset({"EBFW_CGROUP", "EBFW_METRICS_ADDR", "EBFW_INVENTORY", "EBFW_CACHE_PATH"})
 
 
 def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:

@@ -103,7 +103,7 @@ def test_d9_a_key_goes_with_a_certificate() -> None:
 
 
 def test_set_but_empty_is_not_set() -> None:
-    means_something = {"EBFW_METRICS_ADDR", "EBFW_CACHE_PATH"}
+    means_something = {"EBFW_CGROUP", "EBFW_METRICS_ADDR", "EBFW_CACHE_PATH"}
     environ = {variable.name: "" for variable in VARIABLES if variable.name not in means_something}
     assert load(None, environ | {"EBFW_CONFIG": ""}) == Settings()
 
@@ -119,6 +119,8 @@ def test_set_but_empty_is_not_set() -> None:
         ("EBFW_METRICS_ADDR", "http://h:1", "scheme"),
         ("EBFW_METRICS_ADDR", "[::zz]:1", "zz"),
         ("EBFW_CGROUP", "unified/a", "absolute"),
+        ("EBFW_CGROUP", "", "leave it out to watch the whole host"),
+        ("EBFW_CGROUP", " ", "leave it out to watch the whole host"),
         ("EBFW_BPF_PIN_PATH", "/sys/fs/bpf/../x", "without .."),
         ("EBFW_SPANS_PER_SECOND", "-1", "whole number"),
         ("EBFW_SPANS_PER_SECOND", "\u0661", "whole number"),
