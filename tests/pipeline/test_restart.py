@@ -155,8 +155,11 @@ def test_another_size(host: Host, world: World) -> None:
     reads(agent, after(1))
     maps, programs = set(host.pinned("map").values()), host.programs()
     agent.kill()
+    assert "begin anew" not in agent.log
     agent = host.start(EBFW_FLOWS="4096").ready()
     assert "(new)" in agent.log
+    why = "were made with 65,536 flows (EBFW_FLOWS is 4096 now); they begin anew"
+    assert f"counters pinned at {host.pins} {why}" in agent.log
     assert len(ids(host)) == PROGRAMS
     assert not set(host.pinned("map").values()) & maps
     eventually(lambda: not host.programs() & programs)
