@@ -567,7 +567,7 @@ def test_d20_diff(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     before = tmp_path / "before.json"
     before.write_bytes(world.path.read_bytes())
     assert cli.main(["inventory", "--exit-code", "--diff", str(before), str(world.path)]) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", f"ebfw: no differences between {before} and {world.path}\n")
 
     world.observe(domain="evil.example", name_source="sni", cookie=70, comm="nc")
     world.observe(domain="api.example.com", name_source="sni", cookie=71, comm="wget", group="partner-x")
@@ -616,3 +616,16 @@ def test_d20_a_hostile_name_moves_no_cursor(world: World) -> None:
     (row,) = out.getvalue().splitlines()[1:]
     assert row.count("\t") == len(report._COLUMNS) - 1
     assert "\x1b" not in row
+
+
+def test_d20_a_workload_that_is_not_there_is_said_beside_the_pipe(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(world)
+    world.inventory.close()
+    assert cli.main(["inventory", "--json", "--workload", "nobody", str(world.path)]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["workloads"] == []
+    assert err == f"ebfw: no workload of {world.path} matches nobody\n"
+    assert cli.main(["inventory", "--workload", "shop*", str(world.path)]) == 0
+    assert capsys.readouterr().err == ""
