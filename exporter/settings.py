@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from exporter import document
 from exporter.errors import SettingsError
 
@@ -56,6 +58,9 @@ class Settings:
     """Only this cgroup2 directory and what is below it is watched. None: the root of the hierarchy, wherever
     it is mounted. The seed's default, /sys/fs/cgroup, means None: on hybrid hosts cgroup2 is not mounted
     there."""
+
+    cgroup_named: str = "EBFW_CGROUP="
+    """What a complaint about the cgroup begins with: the variable, or file and key, that named it."""
 
     exclude_cidrs: tuple[Network, ...] = DEFAULT_EXCLUDE_CIDRS
     """Peers in these networks are counted but not narrated. Default, the seed's: loopback, private,
@@ -126,8 +131,8 @@ class Settings:
     """File that maps networks and domains to groups, the attribute ebfw.peer.group. Read again when it changes."""
 
     inventory: Path | None = None
-    """File in which the inventory of destinations is kept over restarts. None: no inventory. Under systemd with
-    StateDirectory= the default is inventory.json in that directory."""
+    """File, in a folder that is there, in which the inventory of destinations is kept over restarts. None: no
+    inventory. Under systemd with StateDirectory= the default is inventory.json in that directory."""
     http_headers: frozenset[str] = frozenset()
     """Names of request headers that are told, redacted, in lines and in spans: lower case. Credentials read REDACTED
     all the same. OTEL_INSTRUMENTATION_HTTP_CLIENT_CAPTURE_REQUEST_HEADERS adds to them."""
@@ -291,8 +296,10 @@ def _text(text: str) -> str:
 
 def _names(text: str) -> frozenset[str]:
     names = frozenset(word.strip().lower() for word in text.split(",") if word.strip())
-    if any(re.search(r"[\s&=?#]", name) for name in names):
-        raise ValueError("use names, separated by commas")
+    if any(re.search(r"\s", name) for name in names):
+        raise ValueError("a name has no blanks; use names, separated by commas")
+    if any(re.search(r"[&=?#]", name) for name in names):
+        raise ValueError("use names, separated by commas, without any of & = ? #")
     return names
 
 
@@ -397,7 +404,7 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
     values: dict[str, Any] = {}
     path = config_path if config_path is not None else environ.get("EBFW_CONFIG", "").strip()
     if path:
-        values.update(_read_file(path))
+        values.update(_read_file(path, "EBFW_CONFIG" if config_path is None else ""))
     elif config_path is not None:
         raise SettingsError("--config needs the name of a file")
 
@@ -420,6 +427,8 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
             values[variable.field] = variable.parse(text)
         except ValueError as error:
             raise SettingsError(f"{name}={text!r}: {error}") from None
+        if name == "EBFW_CGROUP":
+            values.pop("cgroup_named", None)
 
     if environ.get("NO_COLOR") or environ.get("TERM") == "dumb":
         values["colour"] = False
@@ -438,14 +447,19 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
 # --- the file -----------------------------------------------------------------------------------------------
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def _read_file(path: str, variable: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    root = document.read(path, "the configuration")
+    root = document.read(path, "the configuration", variable)
     if root is None:
         return values
+    for node, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+        name = str(node.value)
+        if name in _BY_NAME and name != "EBFW_CGROUP":  # which is `cgroup` here
+            raise document.fail(path, node, name, "is no key of this file; set it as an environment variable")
     top = document.mapping(path, root, "", ("cgroup", "exclude"))
     if (node := top.get("cgroup")) is not None:
         values["cgroup"] = document.scalar(path, node, "cgroup", _cgroup)
+        values["cgroup_named"] = f"{path}: cgroup: "
     if (node := top.get("exclude")) is not None:
         exclude = document.mapping(path, node, "exclude", ("cidrs", "domainSuffixes"))
         if (node := exclude.get("cidrs")) is not None:
