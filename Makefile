@@ -25,7 +25,7 @@ check: ## what this kernel and host can do, and what is lost where they cannot
 	@scripts/install run
 	@scripts/as-root .venv/bin/ebfw check
 
-detach: ## remove everything ebfw left in the kernel (the break-glass)
+detach: ## remove everything ebfw has in the kernel, once it has stopped or was killed (the break-glass)
 	@scripts/install run
 	@scripts/as-root .venv/bin/ebfw detach
 

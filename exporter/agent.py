@@ -34,6 +34,7 @@ from exporter.errors import SettingsError
 from exporter.events import Counts, Event, Flow, Workload
 from exporter.health import losses
 from exporter.inventory import Inventory
+from exporter.inventory import check as check_inventory
 from exporter.join import Join
 from exporter.kernel import maps, wire
 from exporter.kernel.probes import Kernel
@@ -62,6 +63,8 @@ def run(settings: Settings) -> int:
     cgroup = scope_of(settings, root)
     kernel = Kernel(settings.pin_path, cgroup, settings.flows, settings.ring_bytes, settings.cache_path)
     groups = PeerGroups(settings.peer_groups) if settings.peer_groups else None  # a mistake costs nothing yet
+    if settings.inventory is not None:
+        check_inventory(settings.inventory)
     resources = Resources(platform.node(), settings.node_name, __version__, settings.otel)
     routes = Routes(settings.routes)
     metrics = Metrics(

@@ -24,14 +24,15 @@ _DEPTH = 32
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def read(path: str, what: str) -> yaml.Node | None:
-    """The document's root, None where it is empty. `what` names the file in a complaint: "the configuration"."""
+def read(path: str, what: str, variable: str = "") -> yaml.Node | None:
+    """The document's root, None where it is empty. `what` names the file in a complaint: "the configuration".
+    `variable`: the one that named the file, told where it cannot be read."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise SettingsError(f"{path}: cannot read {what}: {reason}") from None
+        raise SettingsError(f"{f'{variable}={path}' if variable else path}: cannot read {what}: {reason}") from None
     if len(data) > MAX_BYTES:
         raise SettingsError(f"{path}: larger than {MAX_BYTES >> 20} MiB; this is not {what}")
     try:

@@ -15,9 +15,9 @@ from exporter.settings import Settings
 
 
 def detach(settings: Settings) -> int:
-    """Remove everything that ebfw pinned: the break-glass."""
+    """Remove everything that ebfw pinned, once the agent has stopped or was killed: the break-glass."""
     if settings.pin_path.is_dir() and pins.mounted_at(settings.pin_path) is not None:
-        lock = pins.Lock(settings.pin_path)
+        lock = pins.Lock(settings.pin_path, "Stop it, then detach again.")
         gone = pins.remove(settings.pin_path, lock.release)
         print(f"removed {len(gone)} pinned objects from {settings.pin_path}")
     else:

@@ -26,9 +26,9 @@ def scope_of(settings: Settings, root: Path) -> Path:
         return root
     cgroup = settings.cgroup
     if not cgroup.is_dir():
-        raise SettingsError(f"cgroup: {cgroup} does not exist; cgroup2 is mounted at {root}")
+        raise SettingsError(f"{settings.cgroup_named}{cgroup} does not exist; cgroup2 is mounted at {root}")
     if not (cgroup / "cgroup.procs").exists() or os.stat(cgroup).st_dev != os.stat(root).st_dev:
-        raise SettingsError(f"cgroup: {cgroup} is not in the cgroup2 tree, which is mounted at {root}")
+        raise SettingsError(f"{settings.cgroup_named}{cgroup} is not in the cgroup2 tree, which is mounted at {root}")
     return cgroup
 
 

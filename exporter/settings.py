@@ -5,8 +5,9 @@ the only module that reads either; everything else gets a `Settings`, so tests p
 the cgroup2 root, resolving names, or checking that a path is usable (the kernel layer does, when it uses it).
 
 Every mistake in an EBFW_* variable or in the file is a `SettingsError` that names the key and the nearest right one.
-A variable that is set but empty counts as not set, except those of `_EMPTY_MEANS_SOMETHING`. Mistakes in
-OTEL_* are not this module's: the OpenTelemetry specification wants a warning and a fallback there."""
+A variable that is set but empty counts as not set, except those of `_EMPTY_MEANS_SOMETHING`, and except EBFW_CGROUP,
+where it is a mistake: an unset shell variable must not mean the whole host. Mistakes in OTEL_* are not this module's:
+the OpenTelemetry specification wants a warning and a fallback there."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from exporter import document
 from exporter.errors import SettingsError
@@ -52,6 +55,9 @@ class Settings:
     cgroup: Path | None = None
     """Only this cgroup2 directory and what is below it is watched. Not set, or /sys/fs/cgroup: the whole host,
     wherever cgroup2 is mounted. Set but empty is a mistake."""
+
+    cgroup_named: str = "EBFW_CGROUP="
+    """What a complaint about the cgroup begins with: the variable, or file and key, that named it."""
 
     exclude_cidrs: tuple[Network, ...] = DEFAULT_EXCLUDE_CIDRS
     """Peers in these networks are counted but not narrated. Default: loopback, private, link-local."""
@@ -120,8 +126,8 @@ class Settings:
     """File that maps networks and domains to groups, the attribute ebfw.peer.group. Read again when it changes."""
 
     inventory: Path | None = None
-    """File in which the inventory of destinations is kept over restarts. Not set: no inventory, but under systemd
-    with StateDirectory= inventory.json in that directory; empty: none there either."""
+    """File, in a folder that is there, in which the inventory of destinations is kept over restarts. Not set: no
+    inventory, but under systemd with StateDirectory= inventory.json in that directory; empty: none there either."""
 
     http_headers: frozenset[str] = frozenset()
     """Names of request headers that are told, redacted, in lines and in spans: lower case. Credentials read REDACTED
@@ -252,6 +258,8 @@ def _optional(text: str) -> Path | None:
 
 
 def _cgroup(text: str) -> Path | None:
+    if not text.strip():
+        raise ValueError("names no cgroup; leave it out to watch the whole host")
     path = _absolute(text)
     return None if path == Path("/sys/fs/cgroup") else path
 
@@ -286,8 +294,10 @@ def _text(text: str) -> str:
 
 def _names(text: str) -> frozenset[str]:
     names = frozenset(word.strip().lower() for word in text.split(",") if word.strip())
-    if any(re.search(r"[\s&=?#]", name) for name in names):
-        raise ValueError("use names, separated by commas")
+    if any(re.search(r"\s", name) for name in names):
+        raise ValueError("a name has no blanks; use names, separated by commas")
+    if any(re.search(r"[&=?#]", name) for name in names):
+        raise ValueError("use names, separated by commas, without any of & = ? #")
     return names
 
 
@@ -381,7 +391,7 @@ VARIABLES: tuple[Variable, ...] = (
 )
 
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
-_EMPTY_MEANS_SOMETHING = frozenset({"EBFW_METRICS_ADDR", "EBFW_INVENTORY", "EBFW_CACHE_PATH"})
+_EMPTY_MEANS_SOMETHING = frozenset({"EBFW_CGROUP", "EBFW_METRICS_ADDR", "EBFW_INVENTORY", "EBFW_CACHE_PATH"})
 
 
 def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
@@ -392,7 +402,7 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
     values: dict[str, Any] = {}
     path = config_path if config_path is not None else environ.get("EBFW_CONFIG", "").strip()
     if path:
-        values.update(_read_file(path))
+        values.update(_read_file(path, "EBFW_CONFIG" if config_path is None else ""))
     elif config_path is not None:
         raise SettingsError("--config needs the name of a file")
 
@@ -415,6 +425,8 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
             values[variable.field] = variable.parse(text)
         except ValueError as error:
             raise SettingsError(f"{name}={text!r}: {error}") from None
+        if name == "EBFW_CGROUP":
+            values.pop("cgroup_named", None)
 
     if environ.get("NO_COLOR") or environ.get("TERM") == "dumb":
         values["colour"] = False
@@ -433,14 +445,19 @@ def load(config_path: str | None, environ: Mapping[str, str]) -> Settings:
 # --- the file -----------------------------------------------------------------------------------------------
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def _read_file(path: str, variable: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    root = document.read(path, "the configuration")
+    root = document.read(path, "the configuration", variable)
     if root is None:
         return values
+    for node, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+        name = str(node.value)
+        if name in _BY_NAME and name != "EBFW_CGROUP":  # which is `cgroup` here
+            raise document.fail(path, node, name, "is no key of this file; set it as an environment variable")
     top = document.mapping(path, root, "", ("cgroup", "exclude"))
     if (node := top.get("cgroup")) is not None:
         values["cgroup"] = document.scalar(path, node, "cgroup", _cgroup)
+        values["cgroup_named"] = f"{path}: cgroup: "
     if (node := top.get("exclude")) is not None:
         exclude = document.mapping(path, node, "exclude", ("cidrs", "domainSuffixes"))
         if (node := exclude.get("cidrs")) is not None:

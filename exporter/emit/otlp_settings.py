@@ -237,15 +237,17 @@ def _endpoint(env: Mapping[str, str], signal: Signal, limit: str) -> Endpoint | 
         if "otlp" in exporters and name in env:
             _log.warning("%s=otlp, but no endpoint is set: set OTEL_EXPORTER_OTLP_ENDPOINT", name)
         return Endpoint(signal, "", console=True) if console else None
+    own, common = f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
+    named = own if own in env else common
     protocol = get("PROTOCOL", HTTP).lower()
     if protocol not in (GRPC, HTTP):
         _warn("OTEL_EXPORTER_OTLP_PROTOCOL", protocol, f"{GRPC} or {HTTP}; {HTTP} is used")
         protocol = HTTP
     if protocol == HTTP:
         if not url.startswith(("http://", "https://")):
-            _warn("OTEL_EXPORTER_OTLP_ENDPOINT", _host(url), "a URL that begins with http://; that is put before it")
-            url = f"http://{url}"
-        if f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT" not in env:
+            _log.warning("%s=%s is no URL of HTTP; http://%s is used", named, _host(url), _host(url))
+            url = f"http://{url.rpartition('://')[2]}"
+        if named == common:
             url = f"{url.rstrip('/')}/v1/{signal}"
     else:  # it has no use for user info, and would log it
         scheme, slashes, rest = url.rpartition("://")

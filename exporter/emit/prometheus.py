@@ -11,6 +11,7 @@ who open it to the network. The only module that imports prometheus_client.
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import hmac
 import http.client
@@ -374,22 +375,37 @@ def _gzipped(parts: Iterator[bytes]) -> Iterator[bytes]:
 def _context(security: Security) -> ssl.SSLContext | None:
     if security.cert is None:
         return None
+    held = _contents("EBFW_METRICS_TLS_CERT", security.cert)
+    if security.key is not None:
+        _contents("EBFW_METRICS_TLS_KEY", security.key)
+    elif b"PRIVATE KEY-----" not in held:
+        raise SettingsError(f"EBFW_METRICS_TLS_CERT={security.cert} has no key; set EBFW_METRICS_TLS_KEY")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(security.cert, security.key)
     except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"the certificate {security.cert} for /metrics cannot be used: {error}") from None
+        raise SettingsError(f"EBFW_METRICS_TLS_CERT={security.cert}: cannot be used: {error}") from None
     return context
 
 
-def _users(path: Path) -> dict[str, str]:
+def _contents(name: str, path: Path) -> bytes:
+    """Raises SettingsError, which names the variable."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{name}={path}: cannot be read: {error.strerror}") from None
+
+
+def _users(path: Path) -> dict[str, str]:
+    name = "EBFW_METRICS_USERS"
+    try:
+        text = _contents(name, path).decode()
+    except UnicodeDecodeError:
+        raise SettingsError(f"{name}={path}: cannot be read: it is not UTF-8") from None
+    with contextlib.suppress(OSError):
         if os.stat(path).st_mode & 0o007:
             _log.warning("%s holds the passwords for /metrics and everybody on this host can read it", path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"the user file {path} for /metrics cannot be read: {error}") from None
     users = dict(line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith("#"))
     if not users:
-        raise SettingsError(f"the user file {path} for /metrics has no line of the form name:password")
+        raise SettingsError(f"{name}={path}: has no line of the form name:password")
     return users

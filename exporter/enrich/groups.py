@@ -186,7 +186,7 @@ def _stamp(path: Path) -> _Stamp | None:
 def read(path: Path) -> Table:
     """Read the file. Raises SettingsError, which names what is wrong and where."""
     name = str(path)
-    root = document.read(name, "the peer groups")
+    root = document.read(name, "the peer groups", "EBFW_PEER_GROUPS")
     domains: dict[str, str] = {}
     networks: dict[Network, str] = {}
     collapsed = set()

@@ -1,5 +1,6 @@
 """What each workload talks to, kept over restarts: the egress inventory."""
 
+from exporter.inventory.book import check
 from exporter.inventory.watch import Inventory
 
-__all__ = ["Inventory"]
+__all__ = ["Inventory", "check"]

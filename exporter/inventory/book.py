@@ -161,6 +161,37 @@ def write(path: Path, rows: Iterable[Row], node: str, written: int) -> None:
         raise
 
 
+def check(path: Path) -> None:
+    """Raises InventoryError where the file cannot be kept at that place: the folder is missing or cannot be written,
+    or what is there did not begin as an inventory, and is somebody else's."""
+    named = f"EBFW_INVENTORY={path}"
+    if not path.parent.is_dir():
+        # Not made: a spelling mistake would become a folder somewhere, which nobody removes.
+        raise InventoryError(f"{named}: the folder {path.parent} does not exist; make it, or name another path")
+    try:
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(13, os.strerror(13))
+        if not path.exists():
+            return
+        ours = path.is_file() and _begins_as_ours(path)
+    except OSError as error:
+        raise InventoryError(
+            f"{named}: cannot write there: {error.strerror}; name another path, or leave it empty to keep no inventory"
+        ) from None
+    if not ours:
+        raise InventoryError(f"{named}: what is there is no inventory of ebfw, and stays as it is; name another path")
+
+
+_BEGINNING = json.dumps({"format": FORMAT}, separators=(",", ":"))[:-1].encode()
+
+
+def _begins_as_ours(path: Path) -> bool:
+    """As `write` begins a file, however it goes on, or where it was cut off: an empty one is nobody's."""
+    with open(path, "rb") as file:
+        head = b"".join(file.read(1024).split())
+    return head.startswith(_BEGINNING) or _BEGINNING.startswith(head)
+
+
 def read(path: Path) -> File:
     """Read a file. Raises InventoryError, which says why not."""
     try:

@@ -1,12 +1,14 @@
 """`ebfw inventory`: an inventory as a table for people, as lines for programs, as JSON; and what two of them differ in.
 
-In: files, read. Out: text. On a terminal columns are aligned, numbers short and times local; in a pipe values are
-exact, separated by tabs, with names of columns in the first line. Not its job: reading files (book.py).
+In: files, read. Out: text; where there is nothing to show, a line on standard error. On a terminal columns are aligned,
+numbers short and times local; in a pipe values are exact, separated by tabs, with names of columns in the first line.
+Not its job: reading files (book.py).
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -50,11 +52,15 @@ def show(path: Path, workload: str, as_json: bool, colour: bool | None, out: IO[
     """Print the inventory in this file: all of it, or the workloads whose name matches. 0. Raises InventoryError."""
     found = read(path)
     rows = [row for row in rows_of(found.book) if matches(row.who, workload)]
+    if workload and not rows:
+        _remark(f"no workload of {path} matches {printable(workload)}")
     if as_json:
         _json(as_document(rows, found.node, found.written), out)
         return 0
     rows.sort(key=lambda row: (str(row.who), row.who.kind, row.place.name == "~other", row.place))
     style = Style.of(out, colour)
+    if style.terminal and workload and not rows:
+        return 0
     _table([_cells(row, style) for row in rows], style, out)
     if style.terminal:
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.written // 1_000_000_000))
@@ -66,6 +72,9 @@ def show(path: Path, workload: str, as_json: bool, colour: bool | None, out: IO[
 def show_diff(before: Path, after: Path, workload: str, as_json: bool, colour: bool | None, out: IO[str]) -> int:
     """Print what is in one and not in the other; how many differences there are. Raises InventoryError."""
     changes = [c for c in diff(read(before).book, read(after).book) if matches(c.row.who, workload)]
+    if not changes:
+        of = f" of workloads that match {printable(workload)}" if workload else ""
+        _remark(f"no differences{of} between {before} and {after}")
     if as_json:
         _json({what: [_as_json(c) for c in changes if c.what == what] for what in ("added", "gone", "changed")}, out)
         return len(changes)
@@ -83,10 +92,15 @@ def show_diff(before: Path, after: Path, workload: str, as_json: bool, colour: b
             words.append(" ".join(filter(None, (_times(row), f"via={row.evidence}", *map(printable, row.executables)))))
         text = ("  " if style.terminal else "\t").join(words)
         print(f"{tint}{text}{_OFF}" if style.colour else text, file=out)
-    if style.terminal:
+    if style.terminal and changes:
         counts = [f"{sum(c.what == what for c in changes)} {what}" for what in ("added", "gone", "changed")]
-        print(f"{', '.join(counts)}" if not changes else f"\n{', '.join(counts)}", file=out)
+        print(f"\n{', '.join(counts)}", file=out)
     return len(changes)
+
+
+def _remark(text: str) -> None:
+    """Why there is nothing, where a pipe does not get it."""
+    print(f"ebfw: {text}", file=sys.stderr)
 
 
 def matches(who: Who, wanted: str) -> bool:

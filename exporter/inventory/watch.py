@@ -26,7 +26,7 @@ from exporter.enrich.identity import UNNAMED, Who, who
 from exporter.errors import InventoryError
 from exporter.events import ADDRESS, DNS_ANSWER, HOST, OK, SERVER, SNI, Counts, Event, Flow, Workload
 from exporter.health import losses
-from exporter.inventory.book import OTHER, Book, Destinations, Entry, Place, Row, read, rows_of, write
+from exporter.inventory.book import OTHER, Book, Destinations, Entry, Place, Row, check, read, rows_of, write
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Inventory:
     """One thread calls it, the pipeline's; files are written by another.
 
     `lookup`: cgroup id -> the workload as it is known now (a container's name comes late). `wall`: ns since the
-    epoch; `clock`: seconds, monotonic. Raises InventoryError where the file's directory cannot be had."""
+    epoch; `clock`: seconds, monotonic. Raises InventoryError where the file cannot be kept there."""
 
     def __init__(
         self,
@@ -324,15 +324,7 @@ class Inventory:
                 del self._book[identity]
 
     def _open(self) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not os.access(self._path.parent, os.W_OK):
-                raise PermissionError(13, os.strerror(13))
-        except OSError as error:
-            raise InventoryError(
-                f"EBFW_INVENTORY={self._path}: cannot write there: {error.strerror}; set another path, or leave it "
-                "empty to keep no inventory"
-            ) from None
+        check(self._path)
         if not self._path.exists():
             return
         try:

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import platform
 import signal
@@ -20,6 +21,8 @@ import sys
 from pathlib import Path
 
 from exporter.errors import KernelError
+
+log = logging.getLogger(__name__)
 
 # By EBFW_PART in ebfw.bpf.c: two children compile side by side, each about as long.
 PARTS: dict[int, tuple[str, ...]] = {
@@ -75,23 +78,41 @@ def programs(cache: Path | None = None) -> dict[str, bytes]:
     node that restarts, or an image that was filled when it was built, has no need of a compiler's seconds."""
     if cache is None:
         return compile_programs()
-    file = cache / f"programs-{_recipe()}.json"
-    code = _kept(file)
-    if code is None:
-        code = compile_programs()
-        _keep(file, code)
+    code, problem = _have(cache)
+    if problem:
+        log.warning(
+            "EBFW_CACHE_PATH=%s: the compiled programs cannot be kept there: %s; each start compiles them anew",
+            cache,
+            problem,
+        )
     return code
 
 
 def fill(cache: Path) -> str:
     """Have the instructions in `cache`; the file. Raises KernelError where it cannot be written or did not compile."""
-    programs(cache)
-    file = cache / f"programs-{_recipe()}.json"
-    if _kept(file) is None:
-        raise KernelError(
-            f"the compiled programs cannot be kept in {cache}: only its owner, the agent's user, may write there"
-        )
-    return str(file)
+    _, problem = _have(cache)
+    if problem:
+        raise KernelError(f"the compiled programs cannot be kept in {cache}: {problem}")
+    return str(_file(cache))
+
+
+def _file(cache: Path) -> Path:
+    return cache / f"programs-{_recipe()}.json"
+
+
+def _have(cache: Path) -> tuple[dict[str, bytes], str]:
+    """The instructions, and why they are not in `cache` now; "" where they are."""
+    file = _file(cache)
+    code = _kept(file)
+    if code is not None:
+        return code, ""
+    code = compile_programs()
+    try:
+        _keep(file, code)
+    except OSError as error:
+        return code, error.strerror or str(error)
+    # What others could write is not read.
+    return code, "" if _kept(file) else "only its owner, the agent's user, may write there"
 
 
 def _recipe() -> str:
@@ -117,15 +138,19 @@ def _kept(file: Path) -> dict[str, bytes] | None:
 
 
 def _keep(file: Path, code: dict[str, bytes]) -> None:
-    """One file: what other sources left is removed. A folder that cannot be written costs the next start its time."""
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for old in file.parent.glob("programs-*.json"):
-            old.unlink()
-        new = file.with_suffix(f".{os.getpid()}")
+    """One file: what other sources left is removed. Raises OSError; a full disk leaves no half of a file."""
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for old in file.parent.glob("programs-*.json"):
+        old.unlink()
+    new = file.with_suffix(f".{os.getpid()}")
+    try:
         new.write_text(json.dumps({name: base64.b64encode(text).decode() for name, text in code.items()}))
         new.chmod(0o600)
         new.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
 
 
 def compile_programs() -> dict[str, bytes]:

@@ -130,20 +130,34 @@ def _empty(entry: Path) -> None:
 
 
 class Lock:
-    """One agent a pin path: held as long as the process lives."""
+    """One agent a pin path: held as long as the process lives. `advice`: what to do about another that has it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, advice: str = "Stop it first, or set EBFW_BPF_PIN_PATH to another path.") -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            holder = _holder(self._fd)
             os.close(self._fd)
             raise PinError(
-                f"another ebfw runs with the pin path {path}. Stop it first, or set EBFW_BPF_PIN_PATH to another path."
+                f"another ebfw runs with the pin path {path}{f' (process {holder})' if holder else ''}. {advice}"
             ) from None
 
     def release(self) -> None:
         os.close(self._fd)
+
+
+def _holder(fd: int) -> int:
+    """The process that has the lock on the open file; 0 where that is not to be known, as from another PID namespace:
+    the kernel leaves its locks out there, or calls their holder 0 or -1."""
+    found = os.fstat(fd)
+    file = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with contextlib.suppress(OSError, ValueError), open("/proc/locks", encoding="ascii") as text:
+        for line in text:
+            words = line.split()
+            if words[1] == "FLOCK" and words[5] == file:
+                return max(int(words[4]), 0)
+    return 0
 
 
 def remove(path: Path, before_unmount: Callable[[], None] = lambda: None) -> list[str]:

@@ -54,7 +54,7 @@ def report(
     for text in _hybrid_limits():
         r.fact("hybrid cgroups", text)
     point = pins.mounted_at(pin_path)
-    where = f"mounted at {point}" if point else f"ebfw can mount it for {pin_path}, and unmounts it again"
+    where = f"(mounted at {point})" if point else f"(ebfw can mount it for {pin_path}, and unmounts it again)"
     refused = pins.problem(pin_path)
     r.line("bpffs", not refused, refused or where, needed=True)
     r.fact("lockdown", _word("/sys/kernel/security/lockdown"))
@@ -115,11 +115,17 @@ def _try_programs(r: _Report, fds: dict[str, int], flows: int, ring: int) -> Non
         r.fact(coverage, meaning)
     r.head("maps")
     total = 0
-    for name, fd in fds.items():
-        size = bpf.map_memory(fd)
+    for name, spec in maps.specs(flows, ring).items():
+        size = bpf.map_memory(fds[name])
         total += size
-        r.fact(name, f"{size / 1024:>10,.0f} KiB  {bpf.map_info(fd).entries:>9,} entries")
+        r.fact(name, f"{size / 1024:>10,.0f} KiB  {_entries(spec)}".rstrip())
     r.fact("total", f"{total / 1024:>10,.0f} KiB")
+
+
+def _entries(spec: maps.MapSpec) -> str:
+    if spec.kind == bpf.RINGBUF:
+        return ""  # what the kernel calls its entries are bytes
+    return "one a socket" if spec.kind == bpf.SK_STORAGE else f"{spec.entries:>9,} entries"
 
 
 def _uprobe_possible() -> tuple[bool, str]:

@@ -8,6 +8,7 @@ Not its job: what a record means.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import struct
 from collections.abc import Iterable
@@ -21,6 +22,8 @@ from exporter.kernel import bpf, build, maps, pins, wire
 from exporter.kernel.ring import Ring
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+log = logging.getLogger(__name__)
 
 
 class Probe(NamedTuple):
@@ -145,6 +148,16 @@ def load(probe: Probe, code: dict[str, bytes], fds: dict[str, int]) -> int:
 NO_HPACK = f"{TAIL_PROBES[0].lost} (libnghttp2.so.14 is missing; Debian's package is libnghttp2-14)"
 
 
+def misfit(layout: int, flows: tuple[int, int], ring_bytes: tuple[int, int]) -> str:
+    """How pinned maps were made, where that is not how they would be made now; "" where it is. Pairs: then, now."""
+    if layout != wire.LAYOUT_VERSION:
+        return f"by another version of ebfw (their layout is {layout}, this one's {wire.LAYOUT_VERSION})"
+    settings = (("flows", "EBFW_FLOWS", flows), ("bytes of ring", "EBFW_RING_BYTES", ring_bytes))
+    return " and ".join(
+        f"with {then:,} {what} ({name} is {now} now)" for what, name, (then, now) in settings if then != now
+    )
+
+
 class Kernel:
     """The kernel side, attached. `maps` are descriptors by name."""
 
@@ -203,17 +216,24 @@ class Kernel:
         bpf.pin(self.maps["stamp"], str(self.pin_path / "map_stamp"))
 
     def _adopt_maps(self, specs: dict[str, maps.MapSpec]) -> dict[str, int] | None:
+        """The maps that are pinned; None where there are none that fit, and a warning where those had counted."""
+        if not (self.pin_path / "map_stamp").exists():
+            return None  # or of a start that was cut off, and counted nothing
         found: dict[str, int] = {}
+        why = "by another version of ebfw, or are not whole"
         try:
             for name in specs:
                 found[name] = bpf.get_pinned(str(self.pin_path / f"map_{name}"))
             raw = bpf.map_lookup(found["stamp"], bytes(4), maps.STAMP.size) or b""
-            if maps.STAMP.unpack(raw)[:4] == self._stamp()[:4]:
+            layout, flows, ring_bytes, *_ = maps.STAMP.unpack(raw)
+            why = misfit(layout, (flows, self.flows), (ring_bytes, self.ring_bytes))
+            if not why:
                 return found
         except (OSError, struct.error):
             pass
         for fd in found.values():
             os.close(fd)
+        log.warning("counters pinned at %s were made %s; they begin anew", self.pin_path, why)
         return None
 
     def _configure(self, exclude: Iterable[Network], suffixes: Iterable[str]) -> None:

@@ -42,6 +42,7 @@ def news(agent: Agent) -> list[dict[str, Any]]:
 
 def test_d20_inventory_over_a_crash_and_a_restart(host: Host, world: World) -> None:
     path = host.directory / "state" / "inventory.json"
+    path.parent.mkdir()
     here = settings(host, EBFW_INVENTORY=str(path), EBFW_OUTPUT="json")
     port = PORTS["tcp_echo"]
     agent = host.start(**here).ready()

@@ -56,6 +56,10 @@ def test_check(host: Host) -> None:
         assert re.search(rf"^  {name} +yes$", done.stdout, re.MULTILINE), name
     sizes = re.findall(r"^  (\S+) +([\d,]+) KiB", done.stdout, re.MULTILINE)
     assert {"flows", "traffic", "records", "total"} <= {name for name, _ in sizes}
+    holds = dict(re.findall(r"^  (\S+) +[\d,]+ KiB *(.*)$", done.stdout, re.MULTILINE))
+    shown = [holds[name] for name in ("records", "executions", "sockets", "http2", "free_slots")]
+    assert shown == ["", "", "one a socket", "one a socket", "65,536 entries"]
+    assert re.search(r"^  bpffs +yes \(.+\)$", done.stdout, re.MULTILINE)
     assert int(dict(sizes)["total"].replace(",", "")) <= 32 * 1024
     assert host.left_behind() == []
 
@@ -152,6 +156,19 @@ def test_a_policy_is_not_silently_ignored(host: Host) -> None:
     policy.write_text("")
     agent = host.start(EBFW_POLICY=str(policy)).ready()
     assert f"EBFW_POLICY={policy}: this version enforces no policy" in agent.log
+
+
+def test_d20_an_inventory_that_cannot_be_kept_is_said_before_anything_is_attached(host: Host) -> None:
+    missing = host.directory / "missing"
+    text = one_sentence(host.ebfw(EBFW_INVENTORY=str(missing / "inventory.json")), 1)
+    assert f"the folder {missing} does not exist" in text
+    assert not missing.exists()
+    theirs = host.directory / "theirs"
+    theirs.write_text("theirs")
+    text = one_sentence(host.ebfw(EBFW_INVENTORY=str(theirs)), 1)
+    assert f"EBFW_INVENTORY={theirs}: " in text
+    assert theirs.read_text() == "theirs"
+    assert host.left_behind() == []
 
 
 # --- who may read /metrics ------------------------------------------------------------------------------------

@@ -155,8 +155,11 @@ def test_another_size(host: Host, world: World) -> None:
     reads(agent, after(1))
     maps, programs = set(host.pinned("map").values()), host.programs()
     agent.kill()
+    assert "begin anew" not in agent.log
     agent = host.start(EBFW_FLOWS="4096").ready()
     assert "(new)" in agent.log
+    why = "were made with 65,536 flows (EBFW_FLOWS is 4096 now); they begin anew"
+    assert f"counters pinned at {host.pins} {why}" in agent.log
     assert len(ids(host)) == PROGRAMS
     assert not set(host.pinned("map").values()) & maps
     eventually(lambda: not host.programs() & programs)
@@ -227,11 +230,11 @@ def test_two_agents_one_pin_path(host: Host, world: World) -> None:
     second = host.start()
     assert second.process.wait(30) == 1
     (told,) = [line for line in second.log.splitlines() if "metrics at" not in line]
-    assert told.startswith("ebfw: another ebfw runs with the pin path")
+    holder = f"another ebfw runs with the pin path {host.pins} (process {agent.pid})."
+    assert told == f"ebfw: {holder} Stop it first, or set EBFW_BPF_PIN_PATH to another path."
     done = host.ebfw("detach")
     assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "another ebfw runs" in done.stderr
+    assert done.stderr == f"ebfw: {holder} Stop it, then detach again.\n"
     assert ids(host) == programs
     send(world, host)
     reads(agent, after(1))

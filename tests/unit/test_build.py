@@ -67,9 +67,15 @@ def test_what_others_could_write_is_not_read(compiled: list[int], tmp_path: Path
     assert len(compiled) == 2
 
 
-def test_a_place_that_cannot_be_written(compiled: list[int], tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written(compiled: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning, which names the variable; none where it can."""
+    build.programs(tmp_path / "fine")
+    assert caplog.text == ""
     (tmp_path / "c").write_text("a file")
     assert build.programs(tmp_path / "c") == CODE
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message.startswith(f"EBFW_CACHE_PATH={tmp_path / 'c'}: the compiled programs cannot be kept there: ")
 
 
 def test_filled_for_later_starts(tmp_path: Path, compiled: list[int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ def test_d21_too_many_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_d21_no_file_is_an_error_at_start(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"cannot read the peer groups: No such file"):
+    with pytest.raises(SettingsError, match=r"EBFW_PEER_GROUPS=.*: cannot read the peer groups: No such file"):
         PeerGroups(tmp_path / "none.yaml")
 
 

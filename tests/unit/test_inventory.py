@@ -77,6 +77,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
+    (tmp_path / "state").mkdir()
     return World(tmp_path / "state" / "inventory.json")
 
 
@@ -392,9 +393,8 @@ def test_d20_saved_soon_after_something_new_and_else_once_a_minute(world: World)
     [
         (b"", "damaged"),
         (b"{", "damaged"),
-        (b"[]", "damaged"),
-        (b"[" * 100_000, "damaged"),
-        (b'{"format": "other", "version": 1}', "no inventory of ebfw"),
+        (b'{\n "format": "ebfw-', "damaged"),
+        (b'{"format": "ebfw-inventory", "version": ' + b"[" * 100_000, "damaged"),
         (b'{"format": "ebfw-inventory", "version": 2}', "later version"),
         (b'{"format": "ebfw-inventory", "version": 1, "workloads": [{}]}', "damaged"),
         (
@@ -403,7 +403,7 @@ def test_d20_saved_soon_after_something_new_and_else_once_a_minute(world: World)
             b'[{"name": "x", "port": -1, "transport": "tcp"}]}]}',
             "damaged",
         ),
-        (b"\xff\xfe", "damaged"),
+        (b'{"format": "ebfw-inventory"\xff', "damaged"),
     ],
 )
 def test_d20_a_damaged_file_is_said_kept_aside_and_begun_anew(
@@ -454,11 +454,40 @@ def test_d20_a_write_that_fails_leaves_the_old_file_and_is_counted(
     assert len(read(world.path).book[who(SHOP)].places) == 2
 
 
-def test_d20_a_directory_that_cannot_be_had_is_an_error_at_start(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(InventoryError, match=r"EBFW_INVENTORY=.*cannot write there"):
-        World(blocked / "below" / "inventory.json")
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"[" * 100_000, b'{"format": "other", "version": 1}', b"\xff\xfe", b"root:x:0:0\n", b'{"format": "ebfw-x'],
+)
+def test_d20_a_file_of_somebody_elses_stays_where_it_is(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "theirs"
+    path.write_bytes(content)
+    with pytest.raises(InventoryError, match=rf"EBFW_INVENTORY={path}: .*no inventory of ebfw.*name another path"):
+        World(path)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_d20_what_is_no_file_stays_too(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("folder", "fifo"):  # nobody writes to the fifo: who opened it would wait
+        with pytest.raises(InventoryError, match=f"{name}: .*no inventory of ebfw"):
+            World(tmp_path / name)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["fifo", "folder"]
+
+
+def test_d20_a_folder_that_is_not_there_is_an_error_and_is_not_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "nope", tmp_path / "file"):
+        with pytest.raises(InventoryError, match=rf"EBFW_INVENTORY=.*the folder {folder} does not exist"):
+            World(folder / "inventory.json")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_d20_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(InventoryError, match=r"EBFW_INVENTORY=.*cannot write there: Permission denied"):
+        World(tmp_path / "inventory.json")
 
 
 # --- how it is told and shown ---------------------------------------------------------------------------------
@@ -538,7 +567,7 @@ def test_d20_diff(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     before = tmp_path / "before.json"
     before.write_bytes(world.path.read_bytes())
     assert cli.main(["inventory", "--exit-code", "--diff", str(before), str(world.path)]) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", f"ebfw: no differences between {before} and {world.path}\n")
 
     world.observe(domain="evil.example", name_source="sni", cookie=70, comm="nc")
     world.observe(domain="api.example.com", name_source="sni", cookie=71, comm="wget", group="partner-x")
@@ -587,3 +616,16 @@ def test_d20_a_hostile_name_moves_no_cursor(world: World) -> None:
     (row,) = out.getvalue().splitlines()[1:]
     assert row.count("\t") == len(report._COLUMNS) - 1
     assert "\x1b" not in row
+
+
+def test_d20_a_workload_that_is_not_there_is_said_beside_the_pipe(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(world)
+    world.inventory.close()
+    assert cli.main(["inventory", "--json", "--workload", "nobody", str(world.path)]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["workloads"] == []
+    assert err == f"ebfw: no workload of {world.path} matches nobody\n"
+    assert cli.main(["inventory", "--workload", "shop*", str(world.path)]) == 0
+    assert capsys.readouterr().err == ""

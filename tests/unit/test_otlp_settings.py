@@ -185,6 +185,20 @@ def test_d18_a_mistake_warns_and_falls_back(
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * len(caplog.records)
 
 
+@pytest.mark.parametrize(
+    ("given", "used"), [("banana", "banana"), ("u:canary@banana:1", "banana:1"), ("ftp://banana", "banana")]
+)
+def test_d18_an_endpoint_without_http_says_what_is_used(
+    given: str, used: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = load({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": given})
+    assert made.traces is not None
+    assert made.traces.url.rpartition("@")[2].removeprefix("http://") == used
+    assert made.traces.url.startswith("http://")
+    (record,) = caplog.records
+    assert record.message == f"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT={used} is no URL of HTTP; http://{used} is used"
+
+
 def test_d18_what_is_not_supported_warns_and_a_service_called_otel_does_not(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

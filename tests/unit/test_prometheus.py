@@ -276,8 +276,27 @@ def test_tls_and_a_client_that_never_finishes_its_handshake(metrics: Metrics, tm
                 assert b"ebfw_network_io_bytes_total" in answer.read()
     finally:
         server.close()
-    with pytest.raises(SettingsError, match="cannot be used"):
-        prometheus.serve("127.0.0.1", 0, metrics, security=prometheus.Security(tmp_path / "none.pem"))
+
+
+def test_files_that_cannot_be_used_are_named_with_their_variable(metrics: Metrics, tmp_path: Path) -> None:
+    certificate, key, none = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "none"
+    certificate.write_text("-----BEGIN CERTIFICATE-----\n")
+    key.write_text("-----BEGIN PRIVATE KEY-----\n")
+    latin = tmp_path / "latin"
+    latin.write_bytes(b"prom:\xe9\n")
+    missing = f"{none}: cannot be read: No such file or directory"
+    for security, says in (
+        (prometheus.Security(none), f"EBFW_METRICS_TLS_CERT={missing}"),
+        (prometheus.Security(certificate, none), f"EBFW_METRICS_TLS_KEY={missing}"),
+        (prometheus.Security(certificate), f"EBFW_METRICS_TLS_CERT={certificate} has no key; set EBFW_METRICS_TLS_KEY"),
+        (prometheus.Security(users=none), f"EBFW_METRICS_USERS={missing}"),
+        (prometheus.Security(users=latin), f"EBFW_METRICS_USERS={latin}: cannot be read: it is not UTF-8"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            prometheus.serve("127.0.0.1", 0, metrics, security=security)
+        assert str(caught.value) == says
+    with pytest.raises(SettingsError, match=f"EBFW_METRICS_TLS_CERT={certificate}: cannot be used"):
+        prometheus.serve("127.0.0.1", 0, metrics, security=prometheus.Security(certificate, key))
 
 
 def test_a_large_page_is_streamed_in_parts_that_make_one(metrics: Metrics, server: prometheus.Server) -> None:

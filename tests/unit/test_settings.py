@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from exporter.errors import SettingsError
+from exporter.scope import scope_of
 from exporter.settings import VARIABLES, Settings, load
 
 
@@ -103,7 +104,7 @@ def test_d9_a_key_goes_with_a_certificate() -> None:
 
 
 def test_set_but_empty_is_not_set() -> None:
-    means_something = {"EBFW_METRICS_ADDR", "EBFW_CACHE_PATH"}
+    means_something = {"EBFW_CGROUP", "EBFW_METRICS_ADDR", "EBFW_CACHE_PATH"}
     environ = {variable.name: "" for variable in VARIABLES if variable.name not in means_something}
     assert load(None, environ | {"EBFW_CONFIG": ""}) == Settings()
 
@@ -119,6 +120,8 @@ def test_set_but_empty_is_not_set() -> None:
         ("EBFW_METRICS_ADDR", "http://h:1", "scheme"),
         ("EBFW_METRICS_ADDR", "[::zz]:1", "zz"),
         ("EBFW_CGROUP", "unified/a", "absolute"),
+        ("EBFW_CGROUP", "", "leave it out to watch the whole host"),
+        ("EBFW_CGROUP", " ", "leave it out to watch the whole host"),
         ("EBFW_BPF_PIN_PATH", "/sys/fs/bpf/../x", "without .."),
         ("EBFW_SPANS_PER_SECOND", "-1", "whole number"),
         ("EBFW_SPANS_PER_SECOND", "\u0661", "whole number"),
@@ -134,6 +137,8 @@ def test_set_but_empty_is_not_set() -> None:
         ("EBFW_POLICY_SOURCE", "http", "file or crd"),
         ("EBFW_NODE_NAME", "a\nb", "printable"),
         ("EBFW_QUERY_VALUES", "a b", "commas"),
+        ("EBFW_QUERY_VALUES", "a&b", "without any of &"),
+        ("EBFW_HTTP_HEADERS", "Foo Bar", "a name has no blanks"),
         ("EBFW_METRICS_LEVEL", "node", "workload or pod"),
         ("EBFW_METRICS_ATTRIBUTES", "a b", "commas"),
         *[("EBFW_ROUTES", f"/fine,{text}", "/users/{id}/*") for text in ("users", "/a b", "/a?b", "/a//b", "/a#b")],
@@ -208,6 +213,12 @@ def test_present_list_replaces_its_default_only(tmp_path: Path) -> None:
     ("text", "line", "says"),
     [
         ("cgruop: /x\n", 1, "did you mean cgroup?"),
+        ("EBFW_CGROUP: /x\n", 1, "did you mean cgroup?"),
+        (
+            "cgroup: /x\nEBFW_OUTPUT: json\n",
+            2,
+            "EBFW_OUTPUT: is no key of this file; set it as an environment variable",
+        ),
         ("\nexclude:\n  cidr: []\n", 3, "exclude.cidr: there is no such key; did you mean exclude"),
         ("exclude:\n  domain_suffixes: []\n", 2, "domainSuffixes?"),
         ("exclude:\n  cidrs: []\n  cidrs: []\n", 3, "second time"),
@@ -242,7 +253,22 @@ def test_mistake_in_the_file_names_key_and_line(tmp_path: Path, text: str, line:
         assert "did you mean cidrs?" in said
 
 
+def test_a_cgroup_that_is_none_is_told_as_it_was_named(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    path = config(tmp_path, f"cgroup: {missing}\n")
+    for settings, says in (
+        (load(path, {}), f"{path}: cgroup: {missing} does not exist"),
+        (load(path, {"EBFW_CGROUP": f"{missing}-2"}), f"EBFW_CGROUP={missing}-2 does not exist"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            scope_of(settings, tmp_path)
+        assert str(caught.value).startswith(says)
+
+
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    none = tmp_path / "none"
+    with pytest.raises(SettingsError, match=f"^EBFW_CONFIG={none}: cannot read the configuration: No such file"):
+        load(None, {"EBFW_CONFIG": str(none)})
     with pytest.raises(SettingsError, match="No such file"):
         load(str(tmp_path / "none"), {})
     with pytest.raises(SettingsError, match="directory"):
