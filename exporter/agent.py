@@ -51,7 +51,7 @@ REFRESH_SECONDS = 1.0  # who asks waits no longer than this
 HOUSEKEEPING_SECONDS = 5.0
 CLOCK_SECONDS = 1.0  # the wall clock is set while we run
 BATCH = 256  # records in one step of the pipeline,
-RECORDS = 100_000  # and until the pipeline looks at anything else
+RECORDS = 8192  # and until what waits for their end is settled; then it goes on at once if there are more
 IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slot back
 
 
@@ -217,10 +217,11 @@ class Pipeline:
             signal.signal(number, self._stop)
         self.fold()
         self.metrics.refresh = self.refresh
+        taken = 0
         while not self.stopping:
-            wake.poll(TICK)
+            wake.poll(TICK if taken < RECORDS else 0)
             self.workloads.poll()
-            self.drain()
+            taken = self.drain()
             self.processes.look()
             now = time.monotonic()
             if now >= self.next_clock:
@@ -235,7 +236,9 @@ class Pipeline:
                 self.next_housekeeping = now + HOUSEKEEPING_SECONDS
                 self.keep_house(now)
         wake.close()
-        self.drain()
+        for _ in range(16):  # what came up to now; more may come for ever
+            if self.drain() < RECORDS:
+                break
         self.tell(list(self.join.close()))
         self.fold()
         self.refreshed.set()
