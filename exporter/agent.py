@@ -31,7 +31,7 @@ from exporter.emit.routes import Routes
 from exporter.emit.setup import Setups
 from exporter.enrich import ContainerNames, HiddenNames, HiddenPlaces, Names, PeerGroups, Workloads, find_root
 from exporter.errors import SettingsError
-from exporter.events import Counts, Event, Flow, Workload
+from exporter.events import Counts, Event, Flow
 from exporter.health import losses
 from exporter.inventory import Inventory
 from exporter.inventory import check as check_inventory
@@ -120,16 +120,16 @@ class Pipeline:
         self.containers = ContainerNames()
         self.workloads = Workloads(root, self.containers)
         self.workloads.scan()
-        self.names, self.hidden_places = Names(), HiddenPlaces(settings.exclude_cidrs)
+        self.names = Names()
         self.join = Join(
             self.workloads.lookup,
             kernel.names.get,
             self.names.name_for,
-            self.learn,
+            self.names.learn_for,
             HiddenNames(settings.exclude_suffixes),
             self.clock.wall,
             kernel.received,
-            self.hidden_places,
+            HiddenPlaces(settings.exclude_cidrs, self.names),
         )
         self.inventory: Inventory | None = None
         if settings.inventory is not None:
@@ -286,11 +286,6 @@ class Pipeline:
         if self.instrumented.own(event):
             return None
         return event if self.groups is None or event.filtered else self.groups.counted(self.groups.tag(event))
-
-    def learn(self, who: Workload, name: str, answers: tuple[tuple[str, int], ...], now: int) -> None:
-        """What a workload's lookup told."""
-        self.names.learn_for(who, name, answers, now)
-        self.hidden_places.learn(who, name, answers, now)
 
     def flow(self, key: maps.FlowKey) -> Flow:
         """A kernel row in words."""

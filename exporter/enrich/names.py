@@ -29,7 +29,7 @@ PER_WORKLOAD = 4_096
 TOTAL = 65_536
 NAMES_PER_ADDRESS = 4  # a CDN's address has many names; the newest that has not expired wins
 SWEEP_EVERY = 1 * SECOND
-PLACES, PLACE_SECONDS = 8_192, 3_600
+PLACES, PLACE_SECONDS, RECHECK_SECONDS = 8_192, 3_600, 10
 SWEEP_STEP = 1_024  # entries looked at per sweep; one table is never cut, so at most PER_WORKLOAD more
 
 Key = str | int
@@ -75,8 +75,10 @@ class Names:
         defence, draft-vixie-dnsext-dns0x20) and without the final dot.
         """
         name = question_name.rstrip(".").lower()
-        if not name or len(name) > 253:
-            return
+        if name and len(name) <= 253:
+            self._learn(owner, name, answers, now)
+
+    def _learn(self, owner: Key, name: str, answers: Sequence[tuple[str, int]], now: int) -> None:
         table = self._tables.get(owner)
         if table is not None and len(table) * 2 < self._per_workload:  # else the order matters: the oldest goes first
             for address, ttl in answers:
@@ -117,9 +119,22 @@ class Names:
             entry = entry[2]
         return ""
 
-    def learn_for(self, who: Workload, question_name: str, answers: Sequence[tuple[str, int]], now: int) -> None:
-        """`learn` for the workload's owner."""
-        self.learn(key(who), question_name, answers, now)
+    def addresses(self, owner: Key, name: str, now: int) -> list[str]:
+        """To which `name` led `owner`, of what has not expired. It looks at all that the owner knows."""
+        found = []
+        for address, entry in self._tables.get(owner, {}).items():
+            older: _Entry | None = entry
+            while older is not None:
+                if older[0] == name and older[1] > now:
+                    found.append(address)
+                    break
+                older = older[2]
+        return found
+
+    def learn_for(self, who: Workload, name: str, answers: Sequence[tuple[str, int]], now: int) -> None:
+        """`learn` for the workload's owner. `name`: in lower case and without a final dot, as parse_dns has it."""
+        if name != ".":
+            self._learn(key(who), name, answers, now)
 
     def name_for(self, who: Workload, address: str, now: int) -> str:
         """`name` for the workload's owner."""
@@ -195,54 +210,36 @@ class HiddenNames:
 class HiddenPlaces:
     """Does `exclude.cidrs` hide whom a request is for whose connection is not known? The kernel decides by a socket's
     peer; a request seen inside a TLS library may have none. Then it is an address itself, or a name that the workload
-    looked up and that led to hidden addresses only. Bounded by PLACES; kept for PLACE_SECONDS after the last use."""
+    looked up and that led to hidden addresses only (`names`). A connection may be used long after its name has expired:
+    an answer is kept until it was not asked for for PLACE_SECONDS. Bounded by PLACES."""
 
-    def __init__(self, networks: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> None:
-        self._networks = networks
-        self._addresses: dict[str, bool] = {}
-        self._names: OrderedDict[tuple[Key, str], int] = OrderedDict()  # until when
-
-    def learn(self, who: Workload, name: str, answers: Sequence[tuple[str, int]], now: int) -> None:
-        """Take one DNS answer, as Names.learn does. `now`: ns."""
-        if not self._networks:
-            return
-        for address, _ in answers:
-            hidden = self._addresses.get(address)
-            if not (self._address(address) if hidden is None else hidden):
-                if self._names:
-                    self._names.pop((key(who), name), None)
-                return
-        place = key(who), name
-        self._names[place] = now + PLACE_SECONDS * SECOND
-        self._names.move_to_end(place)
-        if len(self._names) > PLACES:
-            self._names.popitem(last=False)
+    def __init__(self, networks: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network], names: Names) -> None:
+        self._networks, self._names = networks, names
+        self._found: OrderedDict[tuple[Key, str], tuple[bool, int]] = OrderedDict()  # hidden, until when
 
     def __call__(self, who: Workload, host: str, now: int) -> bool:
+        """`now`: ns, of the clock of `names`."""
         if not self._networks:
             return False
         place = key(who), host
-        until = self._names.get(place)
-        if until is None:
-            return self._address(host)
-        if until < now:
-            del self._names[place]
-            return False
-        self._names[place] = now + PLACE_SECONDS * SECOND
-        return True
-
-    def _address(self, text: str) -> bool:
-        hidden = self._addresses.get(text)
-        if hidden is None:
-            if len(self._addresses) >= 2048:
-                self._addresses.clear()
-            try:
-                address = ipaddress.ip_address(text)
-                hidden = any(address in network for network in self._networks)
-            except ValueError:  # a name
-                hidden = False
-            self._addresses[text] = hidden
+        hidden, until = self._found.get(place, (False, 0))
+        if until <= now:
+            addresses = self._names.addresses(*place, now) or [host]
+            hidden = all(map(self._hidden, addresses))
+            self._found[place] = hidden, now + (PLACE_SECONDS if hidden else RECHECK_SECONDS) * SECOND
+            self._found.move_to_end(place)
+            if len(self._found) > PLACES:
+                self._found.popitem(last=False)
+        elif hidden:
+            self._found[place] = hidden, now + PLACE_SECONDS * SECOND
         return hidden
+
+    def _hidden(self, address: str) -> bool:
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:  # a name that nobody looked up
+            return False
+        return any(parsed in network for network in self._networks)
 
 
 # --- containers -------------------------------------------------------------------------------------------
