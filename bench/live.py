@@ -183,6 +183,8 @@ class _Go:
             names=False,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
+            # Its end says that the process has ended. Without a pipe subprocess looks every 50 ms: a tenth of a run.
+            stderr=subprocess.PIPE,
             text=True,
         )
 

@@ -284,6 +284,20 @@ INLINE void request_begins(struct bpf_sock *sk, struct socket *s, const struct p
 	s->flags |= S_HTTP;
 }
 
+/*
+ * A request on a connection whose name is known, with its head to the end in this segment, as most are: there is
+ * nothing to read. What ends in an empty line has an empty line. CONNECT alone begins with a C, and what follows its
+ * head is not HTTP.
+ */
+INLINE int whole_head(struct __sk_buff *skb, const struct socket *s, const struct packet *p)
+{
+	u32 end = 0;
+	u8 first = 0;
+
+	return s->name && p->length > 4 && !bpf_skb_load_bytes(skb, p->payload + p->length - 4, &end, 4) &&
+	       end == FOUR('\r', '\n', '\r', '\n') && !bpf_skb_load_bytes(skb, p->payload, &first, 1) && first != 'C';
+}
+
 INLINE void copy_inspection(struct inspection *to, const struct inspection *from)
 {
 #pragma clang loop unroll(disable)
@@ -318,8 +332,19 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 			begin_http2(sk, s, p->seq, s->stage == STAGE_MIDWAY);
 		if (s->stage != STAGE_HELLO && s->stage != STAGE_HEAD)
 			return;
-		if (s->stage == STAGE_HEAD)
+		if (s->stage == STAGE_HEAD) {
 			request_begins(sk, s, p);
+			if (whole_head(skb, s, p)) {
+				s->stage = STAGE_HTTP;
+				s->inspected = p->seq + p->length;
+				parcel->kind = RECORD_HEAD;
+				parcel->sequence = s->requests;
+				parcel->offset = p->payload;
+				parcel->length = p->length;
+				parcel->flags = RECORD_HEAD_END;
+				return;
+			}
+		}
 	} else {
 		kept = bpf_sk_storage_get(MAP(INSPECTIONS), sk, 0, 0);
 		if (!kept) {

@@ -274,7 +274,10 @@ class Lookups:
         self._streams[key] = stream
         stream.seen = piece.time
         if not stream.told and 0 < (stream.first.sequence - piece.sequence) & _MASK < _HALF:
-            stream.early[stream.first.sequence] = stream.first  # what came first was not the first
+            if len(stream.early) < WAITING:
+                stream.early[stream.first.sequence] = stream.first  # what came first was not the first
+            else:
+                losses.add("join", "dns_stream_gap")
             stream.begin(piece)
         if 0 < (piece.sequence - stream.next) & _MASK < _HALF:
             if stream.loose:

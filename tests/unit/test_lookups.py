@@ -11,7 +11,7 @@ import struct
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from exporter import decode, lookups
@@ -320,6 +320,7 @@ def test_d3_a_connection_met_midway_finds_its_step(world: World) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 300), st.binary(max_size=80), st.booleans()), max_size=60), st.booleans())
+@example([(at, b"a", False) for at in range(60, 0, -1)], True)  # each is before what was the first
 @settings(max_examples=300, deadline=None)
 def test_d3_any_bytes_are_no_error_and_nothing_grows(parts: list[tuple[int, bytes, bool]], asking: bool) -> None:
     world = World()
