@@ -8,10 +8,15 @@
  * Where each is attached, and what is lost without it: exporter/kernel/probes.py.
  */
 #include "wire.h"
+#if EBFW_PART != 1
 #include "connect.h"
 #include "packets.h"
+#endif
+#if EBFW_PART != 2
+#include "http2.h"
 #include "tls.h"
 #include "processes.h"
+#endif
 
 #if EBFW_PART != 1
 int ebfw_connect4(struct bpf_sock_addr *ctx)
@@ -55,14 +60,19 @@ int ebfw_egress(struct __sk_buff *skb)
 {
 	return packet_out(skb);
 }
-#endif
 
-#if EBFW_PART != 2
 int ebfw_ingress(struct __sk_buff *skb)
 {
 	return packet_in(skb);
 }
 
+int ebfw_release(struct bpf_sock *ctx)
+{
+	return released(ctx);
+}
+#endif
+
+#if EBFW_PART != 2
 int ebfw_frames_out(struct __sk_buff *skb)
 {
 	return frames_packet(skb, OUT);
@@ -71,11 +81,6 @@ int ebfw_frames_out(struct __sk_buff *skb)
 int ebfw_frames_in(struct __sk_buff *skb)
 {
 	return frames_packet(skb, IN);
-}
-
-int ebfw_release(struct bpf_sock *ctx)
-{
-	return released(ctx);
 }
 
 int ebfw_ssl_write(struct registers *regs)

@@ -161,6 +161,9 @@ def _run(command: str, config: str | None) -> int:
         _need_privilege(command)
 
     if command == "run":
+        from exporter.kernel import build
+
+        build.ahead(settings.cache_path, settings.pin_path)
         from exporter.agent import run
 
         return run(settings)

@@ -27,10 +27,8 @@ log = logging.getLogger(__name__)
 # By EBFW_PART in ebfw.bpf.c: two children compile side by side, each about as long.
 PARTS: dict[int, tuple[str, ...]] = {
     1: (
-        "ebfw_ingress",
         "ebfw_frames_out",
         "ebfw_frames_in",
-        "ebfw_release",
         "ebfw_frames_tls",
         "ebfw_ssl_write",
         "ebfw_ssl_write_ex",
@@ -52,6 +50,8 @@ PARTS: dict[int, tuple[str, ...]] = {
         "ebfw_sendmsg6",
         "ebfw_sockops",
         "ebfw_egress",
+        "ebfw_ingress",
+        "ebfw_release",
     ),
 }
 
@@ -153,9 +153,18 @@ def _keep(file: Path, code: dict[str, bytes]) -> None:
         raise
 
 
-def compile_programs() -> dict[str, bytes]:
-    """Instructions by entry function, from child processes. Raises KernelError with the compiler's own words."""
-    children = [
+_begun: list[subprocess.Popen[str]] = []
+
+
+def ahead(cache: Path | None, pin_path: Path) -> None:
+    """Begin to compile, where the next `programs(cache)` will have to: the agent's imports take a while, too.
+    `pin_path`: what is pinned there need not be compiled, as a rule."""
+    if not (pin_path / "map_stamp").exists() and (cache is None or not _file(cache).exists()):
+        _begun.extend(_begin())
+
+
+def _begin() -> list[subprocess.Popen[str]]:
+    return [
         subprocess.Popen(
             [sys.executable, "-m", "exporter.kernel.build", str(part)],
             stdout=subprocess.PIPE,
@@ -165,6 +174,12 @@ def compile_programs() -> dict[str, bytes]:
         )
         for part in PARTS
     ]
+
+
+def compile_programs() -> dict[str, bytes]:
+    """Instructions by entry function, from child processes. Raises KernelError with the compiler's own words."""
+    children = _begun[:] or _begin()
+    _begun.clear()
     code: dict[str, bytes] = {}
     failure = ""
     try:
@@ -200,7 +215,9 @@ def _compile_here(part: int) -> dict[str, str]:
     os.environ["BCC_KERNEL_SOURCE"] = str(folder / "include")
     from bcc import BPF  # a system package; no type hints (pyproject.toml says so)
 
-    flags = [f"-I{folder}", f"-DEBFW_ARCH_{platform.machine().upper()}", f"-DEBFW_PART={part}", "-Wno-macro-redefined"]
+    # -g0: nobody reads the debug information that bcc asks for, and it takes an eighth of the time.
+    flags = [f"-I{folder}", f"-DEBFW_ARCH_{platform.machine().upper()}", f"-DEBFW_PART={part}"]
+    flags += ["-Wno-macro-redefined", "-g0"]
     module = BPF(text=(folder / "ebfw.bpf.c").read_text(), cflags=flags)
     return {name: base64.b64encode(module.dump_func(name)).decode() for name in PARTS[part]}
 

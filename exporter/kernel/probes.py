@@ -11,7 +11,8 @@ import ipaddress
 import logging
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,6 +146,21 @@ def load(probe: Probe, code: dict[str, bytes], fds: dict[str, int]) -> int:
         raise bpf.why(error, f"loading the BPF program {probe.name}") from None
 
 
+def load_all(probes: Sequence[Probe], code: dict[str, bytes], fds: dict[str, int]) -> dict[str, int | KernelError]:
+    """Each program's descriptor by its probe's name, or why there is none. Two at a time: the verifier needs half a
+    second for egress, and takes no lock for who may load everything."""
+
+    def one(probe: Probe) -> int | KernelError:
+        try:
+            return load(probe, code, fds)
+        except KernelError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        loads = {probe.name: pool.submit(one, probe) for probe in sorted(probes, key=lambda probe: not probe.needed)}
+    return {name: done.result() for name, done in loads.items()}
+
+
 NO_HPACK = f"{TAIL_PROBES[0].lost} (libnghttp2.so.14 is missing; Debian's package is libnghttp2-14)"
 
 
@@ -270,9 +286,16 @@ class Kernel:
                 self._open_unlinked()
                 return
             code = build.programs(self.cache)
-            self._load_tail_programs(code)  # first: what calls them may find them
-            for probe in PROBES:
-                self._attach_one(probe, code, cgroup, cgroup_id)
+            tails = TAIL_PROBES if hpack.available() else ()
+            loaded = load_all((*PROBES, *tails), code, self.maps)
+            try:
+                self._set_tail_programs(loaded)  # first: what calls them may find them
+                for probe in PROBES:
+                    self._attach_one(probe, loaded[probe.name], cgroup, cgroup_id)
+            finally:
+                for program in loaded.values():
+                    if isinstance(program, int):
+                        os.close(program)
             self._load_unlinked(code)
             bpf.map_update(self.maps["stamp"], bytes(4), maps.STAMP.pack(*self._stamp()))
         finally:
@@ -295,38 +318,27 @@ class Kernel:
     def _tail_program(self, probe: Probe) -> bytes | None:
         return bpf.map_lookup(self.maps[probe.name], bytes(4), 4)
 
-    def _load_tail_programs(self, code: dict[str, bytes]) -> None:
+    def _set_tail_programs(self, loaded: Mapping[str, int | KernelError]) -> None:
         features.set("http2", hpack.available(), NO_HPACK)
         for probe in TAIL_PROBES:
-            if not hpack.available():
-                if self._tail_program(probe) is not None:
-                    bpf.map_delete(self.maps[probe.name], bytes(4))
-                continue
-            try:
-                program = load(probe, code, self.maps)
-            except KernelError as error:
-                features.set("http2", False, f"{probe.lost} ({error})")
-                continue
-            try:
+            program = loaded.get(probe.name)
+            if isinstance(program, int):
                 bpf.map_update(self.maps[probe.name], bytes(4), struct.pack("<I", program))
-            finally:
-                os.close(program)
+            elif program is not None:
+                features.set("http2", False, f"{probe.lost} ({program})")
+            elif self._tail_program(probe) is not None:
+                bpf.map_delete(self.maps[probe.name], bytes(4))
 
     def _link_path(self, probe: Probe) -> str:
         return str(self.pin_path / f"link_{probe.name}")
 
-    def _attach_one(self, probe: Probe, code: dict[str, bytes], cgroup: int, cgroup_id: int) -> None:
-        try:
-            program = load(probe, code, self.maps)
-        except KernelError as error:
+    def _attach_one(self, probe: Probe, program: int | KernelError, cgroup: int, cgroup_id: int) -> None:
+        if isinstance(program, KernelError):
             if probe.needed:
-                raise
-            features.set(probe.name, False, f"{probe.lost} ({error})")
+                raise program
+            features.set(probe.name, False, f"{probe.lost} ({program})")
             return
-        try:
-            self._link(probe, program, cgroup, cgroup_id)
-        finally:
-            os.close(program)
+        self._link(probe, program, cgroup, cgroup_id)
         features.set(probe.name, True, "")
 
     def _link(self, probe: Probe, program: int, cgroup: int, cgroup_id: int) -> None:

@@ -3,8 +3,7 @@
 In: the ring's descriptor. Out: records as bytes. The kernel wakes nobody unless the ring fills (bpf/records.h): the
 pipeline sleeps in epoll for a moment and then takes what is there.
 
-Layout (kernel/bpf/ringbuf.c): one page with the consumer's position, one with the producer's, then the data, mapped
-twice in a row so that a record that wraps is contiguous.
+Layout (kernel/bpf/ringbuf.c): one page with the consumer's position, one with the producer's, then the data.
 """
 
 from __future__ import annotations
@@ -24,7 +23,9 @@ class Ring:
         self._size, self._mask = size, size - 1
         page = mmap.PAGESIZE
         self._consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._producer = mmap.mmap(fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+        # The kernel would show the ring twice in a row, so that no record is in two pieces. All pages of a mapping
+        # count as the process's memory at once; one record a lap put together is cheaper.
+        self._producer = mmap.mmap(fd, page + size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
         # One store of 8 bytes: the kernel must never read half a position.
         self._position = ctypes.c_uint64.from_buffer(self._consumer)
 
@@ -36,14 +37,22 @@ class Ring:
         append, unpack = records.append, _HEADER.unpack_from
         end = _U64.unpack_from(data, 0)[0]
         while position < end and len(records) < limit:
-            at = base + (position & mask)
-            (length,) = unpack(data, at)
-            if length & _BUSY:
-                break
-            size = length & ~_DISCARD
-            if not length & _DISCARD:
-                append(data[at + 8 : at + 8 + size])
-            position += (size + 15) & ~7
+            lap = position & ~mask
+            lap_end, shift = lap + mask + 1, base - lap
+            stop, length = min(end, lap_end), 0
+            while position < stop and len(records) < limit:
+                at = position + shift
+                (length,) = unpack(data, at)
+                if length >= _DISCARD:
+                    if length & _BUSY:
+                        end = position
+                        break
+                    position += ((length & ~_DISCARD) + 15) & ~7
+                    continue
+                append(data[at + 8 : at + 8 + length])
+                position += (length + 15) & ~7
+            if position > lap_end and length < _DISCARD:  # it goes on where the ring begins
+                records[-1] += data[base : base + length - len(records[-1])]
         self._position.value = position
         return records
 
