@@ -234,6 +234,30 @@ def test_request_bodies(converse):
 
 
 @pytest.mark.core
+def test_heads_in_every_form_behind_the_first(converse):
+    """The first names the connection; of the others the kernel reads those that do not end with their segment."""
+    paths = ["/first", "/whole", "/body", "/split", "/long", "/last"]
+    split, size = ask("/split"), len(reply())
+    body = b"a\r\n\r\nGET /no HTTP/1.1\r\n\r\n"  # it ends as a head does
+    talk = [
+        (ask("/first"), size),
+        (ask("/whole", "DELETE"), size),
+        (ask("/body", "POST", body), size),
+        (split[:-2], 0),
+        (split[-2:], size),
+        (ask("/long", more=f"X-Long: {'y' * 3000}\r\n"), size),
+        (ask("/last", "HEAD"), size),
+    ]
+    found = converse({path: [0.01, reply()] for path in paths}, talk)
+    methods = ["GET", "DELETE", "POST", "GET", "GET", "HEAD"]
+    sizes = [0, 0, len(body), 0, 0, 0]
+    assert found == [
+        Seen(method, path, 200, "", sent, 0, number)
+        for number, (method, path, sent) in enumerate(zip(methods, paths, sizes, strict=True), 1)
+    ]
+
+
+@pytest.mark.core
 def test_pipelined(converse):
     """Three requests before the first answer; the answers in one segment, then one alone."""
     script = {"/1": [0.05, reply(b"one")], "/2": [reply(b"two", "404 No")], "/3": [reply(b"three", "500 Oh")]}
