@@ -195,8 +195,11 @@ class Pipeline:
         else:
             events = [event if event.filtered else groups.tag(event) for event in events]
             self.metrics.observe_all([groups.counted(event) for event in events])
-        told = [redact(event, options) for event in events if not event.filtered]
+        told = [event for event in events if not event.filtered]
         self.processes.meet(told)
+        if not self.outs and self.inventory is None:
+            return
+        told = [redact(event, options) for event in told]
         if self.inventory is not None:
             self.inventory.observe(told)
             if len(told) < len(events):

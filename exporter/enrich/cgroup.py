@@ -150,10 +150,6 @@ class Workloads:
         self.hits = 0
         self.tombstone_hits = 0  # removed cgroups that were remembered
         self.misses = 0  # answered "unknown"
-        self.throttled = 0  # of the misses: not even tried, too many in this second
-        self.unseen = 0  # cgroups that were gone before their id could be read
-        self.overflows = 0  # the inotify queue was full; the tree was scanned anew
-        self.evicted = 0  # cgroups and tombstones dropped for want of room
         try:
             self._mount = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except PermissionError as e:
@@ -234,7 +230,7 @@ class Workloads:
             self._in_window += 1
             if self._in_window > HANDLES:
                 self.misses += 1
-                self.throttled += 1
+                losses.add("attribution", "cgroup_lookups_throttled")
                 return unknown
             found = self._by_handle(cgroup_id, now)
             if found is not None:
@@ -294,7 +290,7 @@ class Workloads:
                 self._watch(path, full)  # the old watch is on the directory that is gone
             if len(self._live) >= LIVE:
                 self._forget(next(iter(self._live)))  # its watch stays: it may have children
-                self.evicted += 1
+                losses.add("attribution", "cgroups_full")
             self._ids[path] = cgroup_id
             self._paths[cgroup_id] = path
             self._live[cgroup_id] = parse(path or "/", cgroup_id)
@@ -351,7 +347,7 @@ class Workloads:
         self._tombs.pop(workload.cgroup_id, None)
         if len(self._tombs) >= TOMBSTONES:
             del self._tombs[next(iter(self._tombs))]
-            self.evicted += 1
+            losses.add("attribution", "cgroups_full")
         self._tombs[workload.cgroup_id] = (workload, now + TOMBSTONE)
 
     # The watch
@@ -386,7 +382,7 @@ class Workloads:
                 room -= 1
                 wd, mask, name = self._events.popleft()
                 if mask & _IN_Q_OVERFLOW:
-                    self.overflows += 1
+                    losses.add("attribution", "cgroup_events_full")  # the tree is read anew
                     self._begin_walk()
                 parent = self._watches.get(wd)
                 if parent is None or not mask & _IN_ISDIR:
@@ -402,7 +398,7 @@ class Workloads:
         visit = self._visit(path, set())
         next(visit)
         if path not in self._ids:
-            self.unseen += 1
+            losses.add("attribution", "cgroup_gone")
         else:
             self._arrivals.append(visit)
 

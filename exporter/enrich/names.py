@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 from exporter.events import SECOND, Workload
+from exporter.health import losses
 
 TTL_FLOOR = 60 * SECOND  # applications keep an address longer than a TTL of 0 or 5 s says
 TTL_CAP = 3600 * SECOND
@@ -49,7 +50,7 @@ class Names:
     """Address -> name, per workload, learned from the DNS answers that the workload received.
 
     All times are nanoseconds of one clock of the caller's choice, which is passed in. Bounded: PER_WORKLOAD
-    addresses for each key and TOTAL altogether; past either, the oldest goes and is counted in `evicted`.
+    addresses for each key and TOTAL altogether; past either, the oldest goes and is counted as lost.
     """
 
     def __init__(self, per_workload: int = PER_WORKLOAD, total: int = TOTAL) -> None:
@@ -61,7 +62,6 @@ class Names:
         self._sweep: list[Key] = []
         self._next_sweep = 0
         self.learned = 0  # answers taken
-        self.evicted = 0  # addresses dropped for want of room
         self.expired = 0  # addresses dropped because their time was over
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class Names:
             if len(table) > self._per_workload:
                 del table[next(iter(table))]
                 self._size -= 1
-                self.evicted += 1
+                losses.add("names", "addresses_full")
         if table:
             self._tables[owner] = table
         while self._size > self._total:
@@ -170,7 +170,7 @@ class Names:
         if not table:
             del self._tables[owner]
         self._size -= 1
-        self.evicted += 1
+        losses.add("names", "addresses_full")
 
 
 def _others(entry: _Entry | None, name: str, now: int, room: int) -> _Entry | None:

@@ -33,6 +33,7 @@ from exporter.enrich.cgroup_path import is_static_pod, parse
 from exporter.enrich.names import ContainerNames
 from exporter.errors import Unsupported
 from exporter.events import Workload
+from tests.unit.conftest import Lost
 
 C = "0123456789abcdef" * 4
 D = "fedcba9876543210" * 4
@@ -350,12 +351,12 @@ def test_cgroups_are_known_before_a_look_up_and_remembered_after_their_end(
 
 
 @pytest.mark.core
-def test_a_cgroup_that_nobody_saw_is_counted(tree: Path, workloads: Workloads) -> None:
+def test_a_cgroup_that_nobody_saw_is_counted(tree: Path, workloads: Workloads, lost: Lost) -> None:
     workloads.scan()
     gone = make(tree / "blink")
     (tree / "blink").rmdir()
     workloads.poll()
-    assert workloads.unseen == 1
+    assert lost("attribution", "cgroup_gone") == 1
     assert workloads.lookup(gone).name == "unknown"
 
 
@@ -432,7 +433,7 @@ def test_without_handles_and_watch_the_tree_is_walked_in_slices(tree: Path, cloc
 
 
 def test_a_full_inotify_queue_is_counted_and_the_tree_read_anew(
-    tree: Path, workloads: Workloads, monkeypatch: pytest.MonkeyPatch
+    tree: Path, workloads: Workloads, monkeypatch: pytest.MonkeyPatch, lost: Lost
 ) -> None:
     workloads.scan()
     gone = make(tree / "gone")
@@ -450,14 +451,14 @@ def test_a_full_inotify_queue_is_counted_and_the_tree_read_anew(
         workloads._unknown.clear()
         polls += 1
         assert polls < 10_000
-    assert workloads.overflows == 1
+    assert lost("attribution", "cgroup_events_full") == 1
     assert polls > 1, "one cgroup a poll"
     assert workloads.lookup(gone).name == "gone"
     assert workloads.tombstone_hits == 1
 
 
 def test_unknown_ids_are_tried_again_but_not_at_once_and_not_without_limit(
-    workloads: Workloads, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    workloads: Workloads, clock: Clock, monkeypatch: pytest.MonkeyPatch, lost: Lost
 ) -> None:
     tried = []
     monkeypatch.setattr(workloads, "_by_handle", lambda cgroup_id, now: tried.append(cgroup_id))
@@ -469,14 +470,14 @@ def test_unknown_ids_are_tried_again_but_not_at_once_and_not_without_limit(
     for i in range(3 * cgroup.HANDLES):
         assert workloads.lookup((1 << 41) + i) == Workload((1 << 41) + i, "", "unknown", "unknown")
     assert len(tried) <= 2 + cgroup.HANDLES
-    assert workloads.throttled >= 2 * cgroup.HANDLES - 1
+    assert lost("attribution", "cgroup_lookups_throttled") >= 2 * cgroup.HANDLES - 1
     assert len(workloads._unknown) <= cgroup.UNKNOWN
     assert workloads.misses == 3 + 3 * cgroup.HANDLES
     workloads.lookup(0)
     assert 0 not in tried
 
 
-def test_tables_are_bounded(tree: Path, workloads: Workloads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_bounded(tree: Path, workloads: Workloads, monkeypatch: pytest.MonkeyPatch, lost: Lost) -> None:
     monkeypatch.setattr(cgroup, "TOMBSTONES", 3)
     workloads.scan()
     ids = []
@@ -485,13 +486,13 @@ def test_tables_are_bounded(tree: Path, workloads: Workloads, monkeypatch: pytes
         workloads.poll()
         (tree / f"c{i}").rmdir()
         workloads.poll()
-    assert workloads.evicted == 2
+    assert lost("attribution", "cgroups_full") == 2
     assert [workloads.lookup(i).kind for i in ids] == ["unknown"] * 2 + ["cgroup"] * 3
     monkeypatch.setattr(cgroup, "LIVE", len(workloads))
     more = [make(tree / f"d{i}") for i in range(3)]
     workloads.poll()
     assert len(workloads) <= cgroup.LIVE
-    assert workloads.evicted == 5
+    assert lost("attribution", "cgroups_full") == 5
     assert all(workloads.lookup(i).kind == "cgroup" for i in more)
     assert workloads.lookup(tree.stat().st_ino).kind == "host", "one that had to go comes back by its handle"
     for i in range(3):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from exporter.enrich import names as module
 from exporter.enrich.names import NAMES_PER_ADDRESS, TTL_CAP, TTL_FLOOR, HiddenPlaces, Names, _Entry, key
 from exporter.events import SECOND, Workload
+from tests.unit.conftest import Lost
 
 NOW = 1_700_000_000 * SECOND
 
@@ -72,7 +73,7 @@ def test_of_several_names_the_most_recent_that_still_lives() -> None:
     assert chain == [f"{i}.example" for i in range(99, 99 - NAMES_PER_ADDRESS, -1)]
 
 
-def test_a_workload_that_learns_too_much_loses_its_own_oldest() -> None:
+def test_a_workload_that_learns_too_much_loses_its_own_oldest(lost: Lost) -> None:
     names = Names(per_workload=3, total=100)
     names.learn(2, "other", [("z", 300)], NOW)
     names.learn(1, "n", [(address, 300) for address in "abc"], NOW)
@@ -80,17 +81,17 @@ def test_a_workload_that_learns_too_much_loses_its_own_oldest() -> None:
     names.learn(1, "n", [("d", 300)], NOW)
     assert [bool(names.name(1, address, NOW)) for address in "abcd"] == [True, False, True, True]
     assert names.name(2, "z", NOW) == "other"
-    assert (names.evicted, len(names)) == (1, 4)
+    assert (lost("names", "addresses_full"), len(names)) == (1, 4)
 
 
-def test_when_all_are_too_many_the_longest_silent_workload_loses_first() -> None:
+def test_when_all_are_too_many_the_longest_silent_workload_loses_first(lost: Lost) -> None:
     names = Names(per_workload=3, total=5)
     names.learn(1, "n", [("a", 300), ("b", 300)], NOW)
     names.learn(2, "n", [("a", 300), ("b", 300)], NOW)
     names.learn(1, "n", [("b", 300)], NOW)
     names.learn(3, "n", [("a", 300), ("b", 300)], NOW)
     assert [names.name(owner, "a", NOW) for owner in (1, 2, 3)] == ["n", "", "n"]
-    assert (names.evicted, len(names)) == (1, 5)
+    assert (lost("names", "addresses_full"), len(names)) == (1, 5)
 
 
 def test_expiry_goes_in_slices_and_reaches_everything() -> None:
