@@ -287,15 +287,16 @@ INLINE void request_begins(struct bpf_sock *sk, struct socket *s, const struct p
 /*
  * A request on a connection whose name is known, with its head to the end in this segment, as most are: there is
  * nothing to read. What ends in an empty line has an empty line. CONNECT alone begins with a C, and what follows its
- * head is not HTTP.
+ * head is not HTTP. The bytes are looked at in the socket's storage: on the stack they would be another state to the
+ * verifier, which would walk all the reading once more. A load that fails leaves zeros.
  */
-INLINE int whole_head(struct __sk_buff *skb, const struct socket *s, const struct packet *p)
+INLINE int whole_head(struct __sk_buff *skb, struct socket *s, const struct packet *p)
 {
-	u32 end = 0;
-	u8 first = 0;
+	u32 *end = &s->inspected; /* written anew by whoever calls */
 
-	return s->name && p->length > 4 && !bpf_skb_load_bytes(skb, p->payload + p->length - 4, &end, 4) &&
-	       end == FOUR('\r', '\n', '\r', '\n') && !bpf_skb_load_bytes(skb, p->payload, &first, 1) && first != 'C';
+	bpf_skb_load_bytes(skb, p->payload + p->length - 4, end, 4);
+	bpf_skb_load_bytes(skb, p->payload, &s->first_byte, 1);
+	return s->name && p->length > 4 && *end == FOUR('\r', '\n', '\r', '\n') && s->first_byte != 'C';
 }
 
 INLINE void copy_inspection(struct inspection *to, const struct inspection *from)
@@ -333,8 +334,10 @@ INLINE void inspect(struct __sk_buff *skb, struct bpf_sock *sk, struct socket *s
 		if (s->stage != STAGE_HELLO && s->stage != STAGE_HEAD)
 			return;
 		if (s->stage == STAGE_HEAD) {
+			int whole = whole_head(skb, s, p);
+
 			request_begins(sk, s, p);
-			if (whole_head(skb, s, p)) {
+			if (whole) {
 				s->stage = STAGE_HTTP;
 				s->inspected = p->seq + p->length;
 				parcel->kind = RECORD_HEAD;

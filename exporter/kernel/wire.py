@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes as c
 import struct
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 STRIPES = 4
 NAME_SIZE = 256
 NAME_FROM_SNI, NAME_FROM_HOST = 1, 2
@@ -211,7 +211,7 @@ assert FLOW_KEY.size == c.sizeof(FlowKey)
 assert FLOW_ROW.size == c.sizeof(FlowRow)
 assert EXECUTION.size == c.sizeof(Execution)
 
-SOCKET_SIZE = 192
+SOCKET_SIZE = 184
 TLS_KEY_SIZE, TLS_STREAM_SIZE, TLS_CALL_SIZE = 16, 48, 48
 INSPECTION_SIZE = 1244
 SCRATCH_SIZE = 1704
