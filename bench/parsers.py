@@ -10,11 +10,12 @@ from typing import Any
 from bench import packets
 from bench.report import Row, single
 from bench.world import cpus, pinned_to
+from exporter.dns import parse_dns
 from exporter.emit.metrics import Metrics
 from exporter.emit.resource import Resources
 from exporter.events import Event, Exchange, Tls, Workload
 from exporter.health import Features, Losses
-from exporter.parse import parse_dns, parse_request
+from exporter.http1 import parse_request
 from exporter.tls import parse_client_hello
 
 _NAME = "a-service.of-some.length.example"

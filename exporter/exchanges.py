@@ -18,7 +18,7 @@ from exporter import decode, events
 from exporter.decode import Arrival, Sighting
 from exporter.events import SECOND, Exchange
 from exporter.health import losses
-from exporter.parse import Request, Response, parse_request, parse_response
+from exporter.http1 import Request, Response, parse_request, parse_response
 
 HEADS = 1024  # request heads that have come in part
 HEAD_BYTES = 8192

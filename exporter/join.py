@@ -20,9 +20,9 @@ from exporter.events import Event, Exchange, Tls, Workload
 from exporter.exchanges import ERRORS, HEADS, OPEN, Ended, Exchanges
 from exporter.handshakes import HANDSHAKES, QUIC_HANDSHAKES, Handshake, Handshakes
 from exporter.health import losses
+from exporter.http1 import has_credentials, split_authority, valid_traceparent
 from exporter.http2 import UNFINISHED, Finished, Http2
 from exporter.lookups import HELD, QUERIES, STREAMS, Lookups
-from exporter.parse import has_credentials, split_authority, valid_traceparent
 
 _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
 

@@ -1,7 +1,7 @@
 """DNS messages -> lookups: a question and its answer, over UDP or TCP, and what a search list made of one name.
 
 In: `decode.Message`s (a datagram each) and `decode.Piece`s (of a TCP stream), in the order of the ring. Out: `Event`s
-of kind dns. Not its job: reading what a message says (parse), names of addresses (they are handed on to `learn`).
+of kind dns. Not its job: reading what a message says (dns), names of addresses (they are handed on to `learn`).
 
 A resolver with a search list asks for web.ns.svc.cluster.local, web.svc.cluster.local, ... until a name exists. The
 ones before are no failures (D3): an answer NXDOMAIN is held for HOLD, to see what the same process asks next.
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 
 from exporter import decode, events
 from exporter.decode import Message, Piece
+from exporter.dns import DnsMessage, parse_dns
 from exporter.events import SECOND, Event, Workload
 from exporter.health import losses
-from exporter.parse import DnsMessage, parse_dns
 
 QUERIES = 8192  # open at once; a query is given up after QUERY_SECONDS
 QUERY_SECONDS = 5

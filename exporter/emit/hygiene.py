@@ -1,7 +1,7 @@
 """Hygiene: what is worth a look although it works. Events and deltas of counters in, totals by workload out.
 
 Comes in: events, and deltas of the kernel's counters. Goes out: metrics under `ebfw.hygiene.`. Not its job: names and
-units (semconv.py), series (metrics.py), seeing that a request carries credentials (parse).
+units (semconv.py), series (metrics.py), seeing that a request carries credentials (http1).
 
     cleartext_credentials  a plaintext request carried Authorization, Cookie or user info
     obsolete_tls           a handshake agreed on less than TLS 1.2 (RFC 8996)

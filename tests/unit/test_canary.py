@@ -21,7 +21,7 @@ from exporter.emit.otlp import Otlp
 from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
 from exporter.events import Counts, Event, Exchange, Flow
-from exporter.parse import parse_request
+from exporter.http1 import parse_request
 from exporter.settings import load
 from tests.pipeline.otlp_receiver import Receiver
 from tests.unit.samples import PARENT, REQUEST, UNSAMPLED, WEB

@@ -23,7 +23,7 @@ from exporter.emit.metrics import Metrics
 from exporter.emit.redact import Options, redact
 from exporter.emit.resource import Resources
 from exporter.events import Counts, Event, Exchange, Flow, Tls, Workload
-from exporter.parse import parse_request
+from exporter.http1 import parse_request
 
 SHOP = Workload(7, "/system.slice/shop.service", "unit", "shop.service", unit="shop.service")
 

@@ -1,6 +1,6 @@
 """DNS pairing without a kernel: streams cut, reordered and lost; search lists told apart from failures (D3).
 
-Excluded: what the kernel ships (tests/kernel/test_lookups.py), reading a message (test_parse.py).
+Excluded: what the kernel ships (tests/kernel/test_lookups.py), reading a message (test_dns.py).
 """
 
 from __future__ import annotations
