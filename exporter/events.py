@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 SECOND = 1_000_000_000  # ns
 
-# Event kinds, as the seed names them; `close` is ours, and `new`: a destination that this workload had never talked to.
+# Event kinds, as ebfw's first version names them, and two more: `close`; `new`, a destination that this workload had
+# never talked to.
 CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS, NEW = "connect", "close", "dns", "tls", "http", "https", "new"
 KINDS = (CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS, NEW)
 

@@ -6,7 +6,7 @@ time. The queue is drained in batches, so a burst costs one system call, not one
 
 Not its job: redaction (emit.redact, before), choosing what is worth telling beyond `Event.filtered`.
 
-Text, the seed's lines with what it lacked behind them as key=value, blanks inside values escaped:
+Text, the lines of ebfw's first version with what they lacked behind them as key=value, blanks inside values escaped:
 
     CONNECT  SRC -> DST:PORT  pod=ns/name status=ok took=1.2ms proc=curl[42] name=example.com via=dns
     DNS      SRC ? NAME (TYPE)        TLS      SRC -> SNI  (DST:PORT)
@@ -15,7 +15,7 @@ Text, the seed's lines with what it lacked behind them as key=value, blanks insi
     NEW      SRC -> DST:PORT  name=example.com via=sni
     TLS      SRC -> SNI  (DST:PORT)  status=ok took=12.3ms version=1.3 alpn=h2,http/1.1 ...
 
-`->` is egress; what is not, says dir=ingress or dir=unknown. JSON: the seed's fields and ours, empty ones
+`->` is egress; what is not, says dir=ingress or dir=unknown. JSON: its fields and ours, empty ones
 left out."""
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def endpoint(address: str, port: int) -> str:
 
 
 def _what(event: Event) -> str:
-    """The seed's part of the line, behind the kind."""
+    """The first version's part of the line, behind the kind."""
     kind = event.kind
     source = printable(event.src) or "-"
     if kind == events.DNS:
@@ -259,7 +259,7 @@ def _what(event: Event) -> str:
 
 
 def _details(event: Event) -> list[str]:
-    """What the seed's line lacks, as key=value."""
+    """What the first version's line lacks, as key=value."""
     kind = event.kind
     out = _who(event.workload)
     if event.status:

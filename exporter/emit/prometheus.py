@@ -229,7 +229,7 @@ def serve(
 
     shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        # "" is the dual-stack wildcard where IPv6 exists, as in the seed.
+        # "" is the dual-stack wildcard where IPv6 exists.
         dual = not host and socket.has_dualstack_ipv6()
         family, *_, address = socket.getaddrinfo("::" if dual else host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
         Listener.address_family = family

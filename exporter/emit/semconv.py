@@ -344,7 +344,7 @@ PORTS_USED = Metric(
     "Ephemeral ports that open connections hold towards one destination, from 100 up.", (PEER_ADDRESS, PEER_PORT),
 )  # fmt: skip
 
-# What the agent does. The first four keep the seed's names, hence their short attribute names.
+# What the agent does. The first four keep the names of ebfw's first version, hence their short attribute names.
 EVENTS = Metric("ebfw.events", "{event}", COUNTER, "Events told, by kind.", ("kind",))
 FILTERED = Metric(
     "ebfw.filtered", "{event}", COUNTER,

@@ -1,4 +1,4 @@
-"""Lines on standard output: the seed's form, escaped, counted; and an output that stalls or closes harms
+"""Lines on standard output: the first version's form, escaped, counted; and an output that stalls or closes harms
 nobody."""
 
 from __future__ import annotations

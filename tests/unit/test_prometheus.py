@@ -131,7 +131,7 @@ def get(server: prometheus.Server, path: str = "/metrics", **headers: str) -> tu
         (c.CPU_TIME, "process_cpu_time_seconds_total"),
         (c.MEMORY, "process_memory_usage_bytes"),
         (c.WORKLOAD_INFO, "ebfw_workload_info"),
-        # the seed's
+        # of ebfw's first version
         (c.EVENTS, "ebfw_events_total"),
         (c.FILTERED, "ebfw_filtered_total"),
         (c.ATTRIBUTION, "ebfw_attribution_total"),
