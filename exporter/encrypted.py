@@ -64,15 +64,16 @@ class Encrypted:
         if len(self.sockets) > SOCKETS:
             self._crowd()
 
-    def closed(self, cookie: int) -> None:
-        """The socket, one of `sockets`, is over."""
+    def closed(self, cookie: int) -> int:
+        """The socket, one of `sockets`, is over. Returns the cookie of the library's connection that it was; 0 = not
+        known."""
         held = self.sockets.pop(cookie)
-        if isinstance(held, tuple):
-            return
         if isinstance(held, int):
             self.matched.pop(held, None)
-        else:
+            return held
+        if isinstance(held, _Free):
             self._take(held, cookie)
+        return 0
 
     def place(self, s: Sighting, host: str, sequence: int) -> Sighting:
         """A request inside TLS, with what is certain of its connection. `sequence`: the how-manieth of its connection

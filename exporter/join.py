@@ -25,6 +25,7 @@ from exporter.http2 import UNFINISHED, Finished, Http2
 from exporter.lookups import HELD, QUERIES, STREAMS, Lookups
 
 _SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
+LEFT_SECONDS = 2  # what came before a socket's end may be read after it
 
 
 # Event(...) sorts 34 arguments by name, at three times the cost; hence tuples in the order of its fields.
@@ -71,6 +72,7 @@ class Join:
         self._exchanges = Exchanges(received, self._encrypted.place)
         self._handshakes = Handshakes(self._tls, self._encrypted.opened)
         self._ended: deque[Event] = deque()  # by what ended something else
+        self._left: deque[Sighting] = deque()  # ends of sockets, with the cookie of the TLS library's connection
         self._http2: Http2[Sighting] = Http2(self._begun)
         self._finished: list[Finished[Sighting]] = []
         self._read = _Readers(
@@ -338,13 +340,24 @@ class Join:
         if cookie in self._exchanges.waiting or cookie in self._exchanges.heads:
             self._exchanges.closed(s)
         if cookie in self._encrypted.sockets:
-            self._encrypted.closed(cookie)
+            library = self._encrypted.closed(cookie)
+            if library in self._exchanges.waiting or library in self._http2.connections:
+                self._left.append(s._replace(cookie=library))
         if cookie in self._http2.connections:
             self._finished += self._http2.closed(cookie, s.time, ERRORS.get(s.outcome, "connection_closed"))
 
     def _tls_closed(self, s: Sighting) -> None:
         self._closed(s)
         self._encrypted.matched.pop(s.cookie, None)
+
+    def _abandoned(self, s: Sighting) -> None:
+        """A while ago a socket closed, and its TLS library has not said goodbye: its process was killed, or ended as
+        many do. What was asked before that has no answer."""
+        waiting = self._exchanges.waiting.get(s.cookie)
+        if waiting and waiting[0].first.time < s.time:
+            self._exchanges.closed(s)
+        if s.cookie in self._http2.connections:
+            self._finished += self._http2.closed(s.cookie, s.time, ERRORS.get(s.outcome, "connection_closed"))
 
     def _begun(self, s: Sighting, authority: str, sequence: int) -> Sighting:
         """A request of HTTP/2. Inside TLS the first says what its connection is."""
@@ -414,6 +427,8 @@ class Join:
             yield self._ended.popleft()
         yield from self._handshakes.expire(now)
         yield from self._lookups.expire(now)
+        while self._left and now - self._left[0].time > LEFT_SECONDS * events.SECOND:
+            self._abandoned(self._left.popleft())
         self._exchanges.expire(now)
         ended, self._exchanges.ended = self._exchanges.ended, []
         for one in ended:

@@ -136,6 +136,26 @@ for n in range(23):
     assert {event["port"] for event in own} == {443}
 
 
+def test_clients_that_are_killed_while_they_wait(agent: Agent, world: World) -> None:
+    """Their libraries never hear of it: the request ends with its socket."""
+    code = """
+import http.client, os, signal, ssl
+c = http.client.HTTPSConnection("inside.lab.example", timeout=10, context=ssl.create_default_context())
+c.putrequest("POST", f"/killed/{os.getpid()}")
+c.putheader("Content-Length", "5")
+c.endheaders()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    clients = [world.popen(agent.host.shop, code) for _ in range(5)]
+    assert [client.wait(30) for client in clients] == [-9] * 5
+    found = eventually(lambda: len(requests(agent, "/killed/")) >= 5 and requests(agent, "/killed/"))
+    assert {event["path"] for event in found} == {f"/killed/{client.pid}" for client in clients}
+    for event in found:
+        assert event["error"] in ("connection_reset", "connection_closed")
+        assert "http_status" not in event
+        assert event["duration_ms"] < 2_000
+
+
 def test_what_a_server_writes_is_nothing(agent: Agent, world: World) -> None:
     """A server inside, its client outside: 23 answers through SSL_write_ex, no event."""
     host = agent.host

@@ -219,6 +219,37 @@ def test_the_librarys_end_of_a_connection(node: Node) -> None:
     assert len(node.join) == 0
 
 
+def test_a_process_that_ends_without_a_word_to_its_library(node: Node) -> None:
+    """Killed, say: the socket closes, SSL_free is never called. The request is told with the socket's end."""
+    node.connect(1)
+    node.ask(5)
+    asked = node.time
+    node.connect(2, "other.example.com")
+    talk = Talk(node, 6)
+    talk.ask("other.example.com")
+    node.close(1)
+    node.close(2)
+    assert [e for e in node.join.expire(node.time + 1 * SECOND) if e.kind == "https"] == []
+    one, two = (e for e in node.join.expire(node.time + 3 * SECOND) if e.kind == "https")
+    assert (one.cookie, one.duration, two.cookie) == (1, node.time - 1000 - asked, 2)
+    assert [e.exchange and e.exchange.error for e in (one, two)] == ["connection_closed"] * 2
+    assert len(node.join) == 0
+    assert list(node.join.open_requests()) == []
+
+
+def test_what_a_process_reads_after_its_socket_closed(node: Node) -> None:
+    """It has a moment for that; and what its library asks afterwards is another socket's."""
+    node.connect(1)
+    node.ask(5)
+    node.close(1)
+    assert node.answer(5).exchange == node.events[-1].exchange
+    node.ask(5, 2)
+    assert [e for e in node.join.expire(node.time + 3 * SECOND) if e.kind == "https"] == []
+    answered = node.answer(5)
+    assert answered.exchange
+    assert (answered.path, answered.exchange.status) == ("/5/2", 200)
+
+
 def test_a_socket_that_connects_anew(node: Node) -> None:
     """Its close was lost."""
     node.connect(1, "old.example.com")
@@ -261,13 +292,16 @@ class Talk:
     def _frame(self, block: bytes) -> bytes:
         return len(block).to_bytes(3, "big") + b"\x01\x05" + self.stream.to_bytes(4, "big") + block
 
-    def get(self, host: str = HOST, close: int = 0) -> Event:
+    def ask(self, host: str = HOST) -> None:
         self.stream += 2
         fields = [(":method", "GET"), (":scheme", "https"), (":path", f"/{self.stream}"), (":authority", host)]
         data = self._frame(self.mine.encode([*fields, ("authorization", "Bearer x")]))
         flags, self.midway = decode.BROKEN if self.midway else 0, False
         self.node.see(decode.FRAMES_OUT, self.cookie, offset=self.sent, flags=flags, payload=data)
         self.sent += len(data)
+
+    def get(self, host: str = HOST, close: int = 0) -> Event:
+        self.ask(host)
         if close:
             self.node.close(close)
         data = self._frame(self.theirs.encode([(":status", "200")]))
