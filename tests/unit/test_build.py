@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,33 @@ def test_filled_for_later_starts(tmp_path: Path, compiled: list[int], capsys: py
     (tmp_path / "c").chmod(0o777)
     with pytest.raises(KernelError, match="cannot be kept"):
         build.fill(tmp_path / "c")
+
+
+def test_compiling_begins_ahead_where_it_will_be_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children that are under way are waited for, and used once."""
+    begun: list[int] = []
+
+    def child(text: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", f"print({text!r})"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def begin() -> list[subprocess.Popen[str]]:
+        begun.append(1)
+        texts = [{name: base64.b64encode(bytes(8)).decode() for name in part} for part in build.PARTS.values()]
+        return [child(json.dumps(text)) for text in texts]
+
+    monkeypatch.setattr(build, "_begin", begin)
+    cache, pins = tmp_path / "c", tmp_path / "pins"
+    build.ahead(cache, pins)
+    assert len(begun) == 1
+    assert build.programs(cache) == CODE
+    assert len(begun) == 1
+    build.ahead(cache, pins)  # they are kept
+    assert len(begun) == 1
+    pins.mkdir()
+    (pins / "map_stamp").touch()
+    build.ahead(None, pins)  # and these may be adopted
+    assert len(begun) == 1
+    assert build.programs() == CODE
+    assert len(begun) == 2
