@@ -164,9 +164,12 @@ def _run(command: str, config: str | None) -> int:
         from exporter.kernel import build
 
         build.ahead(settings.cache_path, settings.pin_path)
-        from exporter.agent import run
+        try:
+            from exporter.agent import run
 
-        return run(settings)
+            return run(settings)
+        finally:
+            build.abandon()
     from exporter.host import check, detach
 
     return {"check": check, "detach": detach}[command](settings)

@@ -163,6 +163,14 @@ def ahead(cache: Path | None, pin_path: Path) -> None:
         _begun.extend(_begin())
 
 
+def abandon() -> None:
+    """Stop what began ahead and was not asked for: the agent did not come so far."""
+    for child in _begun:
+        child.kill()
+        child.communicate()
+    _begun.clear()
+
+
 def _begin() -> list[subprocess.Popen[str]]:
     return [
         subprocess.Popen(

@@ -121,3 +121,8 @@ def test_compiling_begins_ahead_where_it_will_be_needed(tmp_path: Path, monkeypa
     assert len(begun) == 1
     assert build.programs() == CODE
     assert len(begun) == 2
+    build.ahead(None, tmp_path)
+    (one, two) = build._begun
+    build.abandon()  # a start that came to nothing
+    assert build._begun == []
+    assert None not in (one.returncode, two.returncode)
