@@ -218,26 +218,26 @@ def add(*counts: Counts) -> Counts:
     return Counts._make(map(sum, zip(*counts, strict=True))) if counts else Counts()
 
 
-# --- the session's ------------------------------------------------------------------------------------------------
+# --- the folder's ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def programs() -> Iterator[dict[str, bytes]]:
-    """The instructions, compiled once; every Kernel of this session gets these."""
+    """The instructions, compiled once; every Kernel in this folder gets these."""
     code = build.compile_programs()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "compile_programs", lambda: code)
         yield code
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lab() -> Iterator[Lab]:
     sweep()
     with Lab(gso=False) as made:
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def servers(lab: Lab) -> Iterator[Servers]:
     with Servers(lab) as running:
         yield running
@@ -268,13 +268,13 @@ def attach(
             pins.remove(pin_path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def parent() -> Iterator[Cgroup]:
     with Cgroup("test") as made:
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tap(programs: dict[str, bytes], parent: Cgroup, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tap]:
     """The session's kernel side, without excludes."""
     with attach(parent.path, tmp_path_factory.mktemp("pins") / "p") as made:
