@@ -251,7 +251,11 @@ class TlsProcesses:
         # What calls itself so first: its process may be about to use it.
         new.sort(key=lambda row: 0 if b"ssl" in row[2] else 1 if b"gnutls" in row[2] else 2)
         for span, key, name in new:
-            file, found = self._examine(pid, span, key, name.decode("utf-8", "surrogateescape"))
+            examined = self._examine(pid, span, key, name.decode("utf-8", "surrogateescape"))
+            if examined is None:  # what was found so far may be the lesser half: say nothing of it
+                process.gone = now
+                return
+            file, found = examined
             if file is not None:
                 files.append(file)
             if _RANK[found] < _RANK[coverage]:
@@ -262,7 +266,8 @@ class TlsProcesses:
             if len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)
 
-    def _examine(self, pid: int, span: bytes, key: bytes, name: str) -> tuple[File | None, str]:
+    def _examine(self, pid: int, span: bytes, key: bytes, name: str) -> tuple[File | None, str] | None:
+        """None where the process ended meanwhile."""
         device = key.split(b" ")[0]
         start, end = span.split(b"-")  # maps pads to eight digits, map_files does not
         path = f"/proc/{pid}/map_files/{int(start, 16):x}-{int(end, 16):x}"
@@ -272,8 +277,8 @@ class TlsProcesses:
             file, coverage = None, NONE
         else:
             file, coverage = self.libraries.examine(path, name)
-        if file is None and not os.path.lexists(path):
-            return file, coverage  # it ended meanwhile: the file may be looked at in another process
+        if file is None and not os.path.lexists(path):  # unmapped: the file may be looked at in another process
+            return (file, coverage) if _read(f"/proc/{pid}/maps") else None
         # A file with probes is asked for each time: TlsLibraries may have dropped it, and finds it by a dictionary.
         if coverage == NONE:
             self._mappings[key] = (time.monotonic() + _MAPPING_SECONDS, file, coverage)
@@ -335,8 +340,8 @@ class TlsProcesses:
                 if process is not None and (process.step < _FOUND_BY_SCAN or time.monotonic() - process.looked > 1.0):
                     self._look(pid, process)
             coverage = process.coverage if process is not None else UNKNOWN
-            if process is not None and process.gone and coverage == NONE:
-                # The last look may have come before its loader was done; what others had that ran the same, it had.
+            if process is not None and process.gone and coverage in (NONE, UNKNOWN):
+                # The last look came before its loader was done, or too late; what others had that ran the same, it had.
                 coverage = self._programs.get(process.program, UNKNOWN)
             with self._lock:
                 self._counts[coverage] += 1
