@@ -226,7 +226,8 @@ class TlsProcesses:
     def _look(self, pid: int, process: _Process) -> None:
         now = time.monotonic()
         maps = _read(f"/proc/{pid}/maps")
-        if not maps:  # ended; a zombie or a kernel thread has no mappings
+        # The kernel hands maps out by the page: of a process that ends meanwhile the rest is missing, without an error.
+        if not maps or not _alive(pid):
             process.gone = process.gone or now
             return
         process.looked = now
@@ -278,7 +279,7 @@ class TlsProcesses:
         else:
             file, coverage = self.libraries.examine(path, name)
         if file is None and not os.path.lexists(path):  # unmapped: the file may be looked at in another process
-            return (file, coverage) if _read(f"/proc/{pid}/maps") else None
+            return (file, coverage) if _alive(pid) else None
         # A file with probes is asked for each time: TlsLibraries may have dropped it, and finds it by a dictionary.
         if coverage == NONE:
             self._mappings[key] = (time.monotonic() + _MAPPING_SECONDS, file, coverage)
@@ -348,6 +349,15 @@ class TlsProcesses:
             if coverage not in self._told:
                 self._told.add(coverage)
                 log.info("first TLS connection of class %s: %s", coverage, COVERAGE[coverage])
+
+
+def _alive(pid: int) -> bool:
+    """Whether it has mappings: a zombie and a kernel thread have none, and no program."""
+    try:
+        os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return False
+    return True
 
 
 def _read(path: str) -> bytes:

@@ -350,6 +350,24 @@ def test_a_process_that_ends_while_it_is_looked_at(
     assert world.tls.take_connections() == {OPENSSL: 2}
 
 
+@needs_root
+def test_a_process_that_ends_while_its_mappings_are_read(
+    world: World, tmp_path: Path, mapper: Callable[[str], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel ends the list where it is, without an error: what was on the rest of it is not known."""
+    process = mapper(build(tmp_path, "libssl.so.3", SSL, *SHARED))
+    lines = Path(f"/proc/{process.pid}/maps").read_bytes().splitlines(keepends=True)
+    half = b"".join(line for line in lines if b"libssl" not in line)
+    process.kill()
+    process.wait()
+    monkeypatch.setattr(tls_processes, "_read", lambda path: half if path.endswith("maps") else b"")
+    world.executions.pids = [process.pid]
+    world.tls.work()
+    world.tls.tell([], [process.pid])
+    world.tls.work()
+    assert world.tls.take_connections() == {UNKNOWN: 1}
+
+
 def test_looks_are_spaced(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often a process begins another program, it is looked at as one: 12 times in its first 6 seconds, once
     in a minute at last."""
@@ -407,14 +425,14 @@ def test_fuse_is_not_opened(world: World, monkeypatch: pytest.MonkeyPatch) -> No
         b"36 35 0:29 / /mnt/a rw,noatime shared:1 - fuse.sshfs host: rw\n"
         b"37 35 0:30 / /mnt/b rw,noatime - overlay overlay rw\n"
     )
-    read: list[str] = []
+    me, read = os.getpid(), list[str]()
     monkeypatch.setattr(tls_processes, "_read", lambda path: read.append(path) or mountinfo)
     monkeypatch.setattr(world.tls.libraries, "examine", lambda path, name: (None, "examined"))
-    assert world.tls._examine(1, b"1000-2000", b"00:1d 5", "/mnt/a/libssl.so") == (None, NONE)
-    assert world.tls._examine(1, b"1000-2000", b"00:1d 6", "/mnt/a/x") == (None, NONE)
-    assert world.tls._examine(1, b"1000-2000", b"00:1e 5", "/mnt/b/libssl.so") == (None, "examined")
-    assert world.tls._examine(1, b"1000-2000", b"fe:00 5", "/usr/lib/libssl.so") == (None, "examined")
-    assert sum(path.endswith("mountinfo") for path in read) == 2
+    assert world.tls._examine(me, b"1000-2000", b"00:1d 5", "/mnt/a/libssl.so") == (None, NONE)
+    assert world.tls._examine(me, b"1000-2000", b"00:1d 6", "/mnt/a/x") == (None, NONE)
+    assert world.tls._examine(me, b"1000-2000", b"00:1e 5", "/mnt/b/libssl.so") == (None, "examined")
+    assert world.tls._examine(me, b"1000-2000", b"fe:00 5", "/usr/lib/libssl.so") == (None, "examined")
+    assert len(read) == 2
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="what the kernel writes there")
