@@ -42,8 +42,19 @@ test-kernels: ## boot 5.10, 6.1 and 6.12 under QEMU and test on them
 	@echo "==> tests on other kernels (QEMU)"
 	@/usr/bin/python3 tests/kernels/run.py $(ARGS)
 
-bench: install-test ## what it costs, as a table (BENCH_JSON=file: the same rows as JSON lines)
-	@scripts/as-root $(PYTHON) -m bench $(ARGS)
+test-compiled: install-test ## tests/unit and tests/pipeline once more, on the modules that `make wheel` compiles
+	@scripts/wheel
+	@echo "==> tests on compiled modules (pytest)"
+	@cd build/compiled && scripts/as-root $(PYTHON) -m pytest tests/unit tests/pipeline tests/wheel.py $(ARGS)
+
+bench: install-test ## what the compiled agent costs, as a table (BENCH_JSON=file: the same rows as JSON lines)
+	@scripts/wheel
+	@cd build/compiled && $(if $(BENCH_JSON),BENCH_JSON='$(abspath $(BENCH_JSON))') \
+		scripts/as-root $(PYTHON) -m bench $(ARGS)
+
+##@ Install it elsewhere
+wheel: install-test ## dist/ebfw-*.whl, its hot modules compiled for this Python: for images and nodes
+	@scripts/wheel
 
 ##@ Work on it
 lint: install-test ## ruff, mypy --strict, import contracts
@@ -79,4 +90,4 @@ help:
 		/^##@ / { printf "\n%s\n", substr($$0, 5) } \
 		/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-.PHONY: help demo run check detach test test-unit test-kernels bench lint fmt docs install install-test clean
+.PHONY: help demo run check detach test test-unit test-kernels test-compiled bench wheel lint fmt docs install install-test clean

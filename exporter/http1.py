@@ -190,12 +190,14 @@ _AUTHORITIES = 1024
 def _fields(data: bytes, start: int) -> _Fields:
     """The field lines from `start` to the empty line."""
     end = data.find(b"\r\n\r\n", start)
+    if end <= start:
+        return _meaning(*_fields_line_by_line(data, start))
     block = data[start:end]
-    known = _blocks.get(block) if end > start else None
+    known = _blocks.get(block)
     if known is not None:
         return known
     # An empty line before that one would end the head earlier: it begins with CR or LF, or needs a bare LF.
-    if end <= start or block[0] in b"\r\n" or block.count(b"\n") != block.count(b"\r\n"):
+    if block[0] in b"\r\n" or block.count(b"\n") != block.count(b"\r\n"):
         return _meaning(*_fields_line_by_line(data, start))
     fields = []
     for line in block.split(b"\r\n"):

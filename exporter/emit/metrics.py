@@ -358,7 +358,7 @@ class Metrics:
 
     # --- what the agent does --------------------------------------------------------------------------------
 
-    def count(self, name: str, value: float = 1, **labels: str) -> None:
+    def count(self, name: str, value: float, **labels: str) -> None:
         """Add to a counter of the agent's. A label is named by the last word of its attribute:
         stage="ring"."""
         metric = c.BY_NAME[name]

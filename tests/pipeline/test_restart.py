@@ -119,6 +119,8 @@ def another_build(directory: Path, comment: str = "another build") -> Path:
     tree = directory / "tree"
     for name in ("exporter", "bpf"):
         shutil.copytree(REPO / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for library in REPO.glob("*__mypyc.*.so"):  # what compiled modules share, where they are compiled
+        shutil.copy(library, tree)
     source = tree / "bpf" / "ebfw.bpf.c"
     source.write_text(source.read_text() + f"\n/* {comment} */\n")
     return tree

@@ -1,0 +1,73 @@
+"""The wheel that scripts/wheel builds, and the tree in which the same modules are compiled in place. Not named test_*:
+only `make test-compiled` has them, and asks for this file by its name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
+COMPILED = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["mypyc"]["include"]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel holds, far from the checkout."""
+    (wheel,) = (REPO / "dist").glob("ebfw-*.whl")
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(folder)
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+@pytest.mark.parametrize("path", COMPILED)
+def test_these_tests_run_on_compiled_modules(path: str) -> None:
+    found = importlib.util.find_spec(path.strip("/").removesuffix(".py").replace("/", "."))
+    assert found is not None
+    assert found.origin is not None
+    assert found.origin.startswith(str(REPO))
+    assert found.origin.endswith(".so")
+
+
+@pytest.mark.parametrize("path", COMPILED)
+def test_and_so_does_the_wheel(installed: Path, path: str) -> None:
+    name = path.strip("/").removesuffix(".py").replace("/", ".")
+    origin = run(installed, "-c", f"import {name} as m; print(m.__file__)").strip()
+    assert origin.startswith(str(installed))
+    assert origin.endswith(".so")
+
+
+def test_the_wheel_has_the_kernel_side_with_it(installed: Path, tmp_path: Path) -> None:
+    """It compiles without a checkout, kernel headers or anything else beside it."""
+    run(
+        installed,
+        "-c",
+        f"import pathlib; from exporter.kernel import build; build.fill(pathlib.Path({str(tmp_path)!r}))",
+    )
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_the_command_is_in_it(installed: Path) -> None:
+    version = run(installed, "-c", "import exporter; print(exporter.__version__)")
+    assert run(installed, "-m", "exporter", "version") == f"ebfw {version}"
+    (entry,) = installed.glob("ebfw-*.dist-info/entry_points.txt")
+    assert "ebfw = exporter.__main__:main" in entry.read_text()
