@@ -221,11 +221,9 @@ class Pipeline:
             signal.signal(number, self._stop)
         self.fold()
         self.metrics.refresh = self.refresh
-        # A batch of records is thousands of objects, which their counts free: looking for cycles among them each 700
-        # is in vain. What the start made stays.
+        # What the start made stays: nobody need look for cycles in it again.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(20_000)
         taken = 0
         while not self.stopping:
             wake.poll(TICK if taken < RECORDS else 0)

@@ -17,6 +17,7 @@ import base64
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -69,8 +70,19 @@ def _partial(signal: str, response: Any) -> tuple[int, str]:
     return int(getattr(partial, rejected)), str(partial.error_message)
 
 
+def _import_requests() -> None:
+    """Without charset_normalizer: what it guesses is the encoding of a page that names none, and its tables take 4 MB
+    of each node's memory. requests can do without, and says so, once."""
+    if "requests" not in sys.modules:
+        sys.modules.setdefault("charset_normalizer", None)  # type: ignore[arg-type]  # how an import is made to fail
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import requests  # noqa: F401
+
+
 class _Http:
     def __init__(self, endpoint: Endpoint) -> None:
+        _import_requests()
         from opentelemetry.exporter.otlp.proto.http import Compression
 
         exporter, self._response = _http_class(endpoint.signal), _response(endpoint.signal)
