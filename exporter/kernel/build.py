@@ -57,11 +57,10 @@ PARTS: dict[int, tuple[str, ...]] = {
 
 
 def source_folder() -> Path:
-    """bpf/: inside the installed package, or beside it in a checkout."""
-    here = Path(__file__).resolve().parent.parent
-    for folder in (here / "_bpf", here.parent / "bpf"):
-        if (folder / "ebfw.bpf.c").is_file():
-            return folder
+    """exporter/_bpf: inside the installed package; in a checkout it leads to bpf/."""
+    folder = Path(__file__).resolve().parent.parent / "_bpf"
+    if (folder / "ebfw.bpf.c").is_file():
+        return folder
     raise KernelError("the BPF sources are missing; install ebfw again")
 
 

@@ -118,7 +118,7 @@ def another_build(directory: Path, comment: str = "another build") -> Path:
     """A copy of the product whose BPF sources differ, in a comment."""
     tree = directory / "tree"
     for name in ("exporter", "bpf"):
-        shutil.copytree(REPO / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPO / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for library in REPO.glob("*__mypyc.*.so"):  # what compiled modules share, where they are compiled
         shutil.copy(library, tree)
     source = tree / "bpf" / "ebfw.bpf.c"
