@@ -226,8 +226,7 @@ class TlsProcesses:
     def _look(self, pid: int, process: _Process) -> None:
         now = time.monotonic()
         maps = _read(f"/proc/{pid}/maps")
-        # The kernel hands maps out by the page: of a process that ends meanwhile the rest is missing, without an error.
-        if not maps or not _alive(pid):
+        if not maps:  # ended; a zombie or a kernel thread has no mappings
             process.gone = process.gone or now
             return
         process.looked = now
@@ -252,23 +251,23 @@ class TlsProcesses:
         # What calls itself so first: its process may be about to use it.
         new.sort(key=lambda row: 0 if b"ssl" in row[2] else 1 if b"gnutls" in row[2] else 2)
         for span, key, name in new:
-            examined = self._examine(pid, span, key, name.decode("utf-8", "surrogateescape"))
-            if examined is None:  # what was found so far may be the lesser half: say nothing of it
-                process.gone = now
-                return
-            file, found = examined
+            file, found = self._examine(pid, span, key, name.decode("utf-8", "surrogateescape"))
             if file is not None:
                 files.append(file)
             if _RANK[found] < _RANK[coverage]:
                 coverage = found
+        # The kernel hands maps out by the page: of a process that ended meanwhile the rest is missing without an error,
+        # and its files cannot be opened. What was found may be the lesser half: nothing is said of it.
+        if not _alive(pid):
+            process.gone = process.gone or now
+            return
         process.files, process.coverage = tuple(files), coverage
         if coverage != NONE:
             self._programs[process.program] = coverage
             if len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)
 
-    def _examine(self, pid: int, span: bytes, key: bytes, name: str) -> tuple[File | None, str] | None:
-        """None where the process ended meanwhile."""
+    def _examine(self, pid: int, span: bytes, key: bytes, name: str) -> tuple[File | None, str]:
         device = key.split(b" ")[0]
         start, end = span.split(b"-")  # maps pads to eight digits, map_files does not
         path = f"/proc/{pid}/map_files/{int(start, 16):x}-{int(end, 16):x}"
@@ -278,8 +277,8 @@ class TlsProcesses:
             file, coverage = None, NONE
         else:
             file, coverage = self.libraries.examine(path, name)
-        if file is None and not os.path.lexists(path):  # unmapped: the file may be looked at in another process
-            return (file, coverage) if _alive(pid) else None
+        if file is None and not os.path.lexists(path):
+            return file, coverage  # it ended meanwhile: the file may be looked at in another process
         # A file with probes is asked for each time: TlsLibraries may have dropped it, and finds it by a dictionary.
         if coverage == NONE:
             self._mappings[key] = (time.monotonic() + _MAPPING_SECONDS, file, coverage)

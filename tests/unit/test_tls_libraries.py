@@ -425,13 +425,13 @@ def test_fuse_is_not_opened(world: World, monkeypatch: pytest.MonkeyPatch) -> No
         b"36 35 0:29 / /mnt/a rw,noatime shared:1 - fuse.sshfs host: rw\n"
         b"37 35 0:30 / /mnt/b rw,noatime - overlay overlay rw\n"
     )
-    me, read = os.getpid(), list[str]()
+    read: list[str] = []
     monkeypatch.setattr(tls_processes, "_read", lambda path: read.append(path) or mountinfo)
     monkeypatch.setattr(world.tls.libraries, "examine", lambda path, name: (None, "examined"))
-    assert world.tls._examine(me, b"1000-2000", b"00:1d 5", "/mnt/a/libssl.so") == (None, NONE)
-    assert world.tls._examine(me, b"1000-2000", b"00:1d 6", "/mnt/a/x") == (None, NONE)
-    assert world.tls._examine(me, b"1000-2000", b"00:1e 5", "/mnt/b/libssl.so") == (None, "examined")
-    assert world.tls._examine(me, b"1000-2000", b"fe:00 5", "/usr/lib/libssl.so") == (None, "examined")
+    assert world.tls._examine(1, b"1000-2000", b"00:1d 5", "/mnt/a/libssl.so") == (None, NONE)
+    assert world.tls._examine(1, b"1000-2000", b"00:1d 6", "/mnt/a/x") == (None, NONE)
+    assert world.tls._examine(1, b"1000-2000", b"00:1e 5", "/mnt/b/libssl.so") == (None, "examined")
+    assert world.tls._examine(1, b"1000-2000", b"fe:00 5", "/usr/lib/libssl.so") == (None, "examined")
     assert len(read) == 2
 
 
