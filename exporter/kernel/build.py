@@ -163,7 +163,7 @@ def ahead(cache: Path | None, pin_path: Path) -> None:
 
 
 def abandon() -> None:
-    """Stop what began ahead and was not asked for: the agent did not come so far."""
+    """Stop what is still under way: the agent did not come so far, or was told to stop."""
     for child in _begun:
         child.kill()
         child.communicate()
@@ -185,22 +185,19 @@ def _begin() -> list[subprocess.Popen[str]]:
 
 def compile_programs() -> dict[str, bytes]:
     """Instructions by entry function, from child processes. Raises KernelError with the compiler's own words."""
-    children = _begun[:] or _begin()
-    _begun.clear()
+    if not _begun:
+        _begun.extend(_begin())
     code: dict[str, bytes] = {}
     failure = ""
     try:
-        for child in children:
+        for child in _begun:
             out, err = child.communicate()
             if child.returncode:
                 failure = failure or _explain(err)
             else:
                 code.update((name, base64.b64decode(text)) for name, text in json.loads(out).items())
     finally:
-        for child in children:
-            if child.poll() is None:  # we were told to stop meanwhile
-                child.kill()
-                child.wait()
+        abandon()
     if failure:
         raise KernelError(failure)
     return code
