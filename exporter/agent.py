@@ -5,7 +5,6 @@ In: settings. Out: an exit status. Every stage is made here and handed what it n
 
 from __future__ import annotations
 
-import gc
 import logging
 import platform
 import select
@@ -221,9 +220,6 @@ class Pipeline:
             signal.signal(number, self._stop)
         self.fold()
         self.metrics.refresh = self.refresh
-        # What the start made stays: nobody need look for cycles in it again.
-        gc.collect()
-        gc.freeze()
         taken = 0
         while not self.stopping:
             wake.poll(TICK if taken < RECORDS else 0)
