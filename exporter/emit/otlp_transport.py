@@ -75,9 +75,8 @@ def _import_requests() -> None:
     of each node's memory. requests can do without, and says so, once."""
     if "requests" not in sys.modules:
         sys.modules.setdefault("charset_normalizer", None)  # type: ignore[arg-type]  # how an import is made to fail
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import requests  # noqa: F401
+        warnings.filterwarnings("ignore", "Unable to find acceptable character detection dependency")
+        import requests  # noqa: F401
 
 
 class _Http:
