@@ -15,7 +15,10 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
-COMPILED = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["mypyc"]["include"]
+COMPILED = [
+    path.strip("/").removesuffix(".py").replace("/", ".")
+    for path in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["mypyc"]["include"]
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +42,17 @@ def run(folder: Path, *arguments: str) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize("path", COMPILED)
-def test_these_tests_run_on_compiled_modules(path: str) -> None:
-    found = importlib.util.find_spec(path.strip("/").removesuffix(".py").replace("/", "."))
+@pytest.mark.parametrize("name", COMPILED)
+def test_these_tests_run_on_compiled_modules(name: str) -> None:
+    found = importlib.util.find_spec(name)
     assert found is not None
     assert found.origin is not None
     assert found.origin.startswith(str(REPO))
     assert found.origin.endswith(".so")
 
 
-@pytest.mark.parametrize("path", COMPILED)
-def test_and_so_does_the_wheel(installed: Path, path: str) -> None:
-    name = path.strip("/").removesuffix(".py").replace("/", ".")
+@pytest.mark.parametrize("name", COMPILED)
+def test_and_so_does_the_wheel(installed: Path, name: str) -> None:
     origin = run(installed, "-c", f"import {name} as m; print(m.__file__)").strip()
     assert origin.startswith(str(installed))
     assert origin.endswith(".so")

@@ -1,6 +1,6 @@
 """The real kernel, in a child cgroup and network namespaces of its own.
 
-In: root, cgroup2, bcc. Out: fixtures. One `Kernel` is attached for the whole session to one parent cgroup; every test
+In: root, cgroup2, bcc. Out: fixtures. One `Kernel` is attached for the whole folder to one parent cgroup; every test
 runs its workload in a fresh child of it and sees what that child did and nothing else. Tests that need a kernel side
 of their own (other excludes, a small table, a late start) attach one with `attached`. The far side, outside the
 watched subtree, is `servers`; `Capture` (tcpdump), `servers.log`, ss and nstat are what the counts are held against.
@@ -218,7 +218,7 @@ def add(*counts: Counts) -> Counts:
     return Counts._make(map(sum, zip(*counts, strict=True))) if counts else Counts()
 
 
-# --- the folder's ------------------------------------------------------------------------------------------------
+# --- the folder's -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="package")
@@ -276,7 +276,7 @@ def parent() -> Iterator[Cgroup]:
 
 @pytest.fixture(scope="package")
 def tap(programs: dict[str, bytes], parent: Cgroup, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tap]:
-    """The session's kernel side, without excludes."""
+    """The folder's kernel side, without excludes."""
     with attach(parent.path, tmp_path_factory.mktemp("pins") / "p") as made:
         yield made
 
