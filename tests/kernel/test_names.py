@@ -173,9 +173,13 @@ def test_client_hello_with_its_name_last(size, watch, start, cgroup, lab, server
     assert len(watch.rows) == 2
     assert (unnamed.opened, unnamed.closed, named.opened, named.closed) == (N, 0, 0, N)
     assert {(e.domain, e.name_source) for e in watch.of(CLOSE)} == {("www.last.example", SNI)}
-    # loadgen closes first: the far side's FIN and our ACK may be TIME_WAIT's, which is no socket.
+    # loadgen closes first: the far side's FINs and our ACKs of them may be TIME_WAIT's, which is no socket. So may its
+    # answers to what we sent twice, on a machine so slow that it does.
     seen = dump.packets(OURS)
-    assert 0 <= seen.tx_packets - watch.total.tx_packets == seen.rx_packets - watch.total.rx_packets <= N
+    late = (seen.tx_packets - watch.total.tx_packets, seen.rx_packets - watch.total.rx_packets)
+    fins = sum(head[12:16] != OURS and head[(head[0] & 15) * 4 + 13] & 1 for head, _ in dump.headers())
+    assert 0 <= late[0] <= late[1] <= late[0] + watch.total.retransmits
+    assert late[0] <= fins
     assert sum(e.tx_bytes for e in watch.of(CLOSE)) == watch.total.tx_bytes
     assert sum(e.rx_bytes for e in watch.of(CLOSE)) == watch.total.rx_bytes
 
