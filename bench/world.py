@@ -80,8 +80,9 @@ class Agent:
         pins_at: Path,
         cpu: int | None = None,
         environment: Mapping[str, str] | None = None,
+        folder: Path = REPOSITORY,
     ) -> None:
-        self.pins, self._cpu = pins_at, cpu
+        self.pins, self._cpu, self._folder = pins_at, cpu, folder
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("EBFW_", "OTEL_"))},
             "EBFW_CGROUP": str(cgroup.path),
@@ -102,7 +103,7 @@ class Agent:
         began = time.perf_counter()
         process = self._process = subprocess.Popen(
             self.command,
-            cwd=REPOSITORY,
+            cwd=self._folder,
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -112,8 +112,8 @@ class Settings:
     """Directory on a bpffs where maps and links are pinned, so that totals survive the agent."""
 
     cache_path: Path | None = Path("/var/cache/ebfw")
-    """Folder in which the compiled programs are kept for the next start; empty: they are compiled at every start. What
-    others than the agent's user could write is not read."""
+    """Folder in which the compiled programs are kept for the next start; empty: they are compiled at every start. A
+    wheel brings them along and needs no folder. What others than the agent's user could write is not read."""
 
     spans_per_second: int = 100
     """Spans a second and node that are exported while no sampler is set, shared fairly between workloads; 0:

@@ -58,14 +58,31 @@ def test_and_so_does_the_wheel(installed: Path, name: str) -> None:
     assert origin.endswith(".so")
 
 
-def test_the_wheel_has_the_kernel_side_with_it(installed: Path, tmp_path: Path) -> None:
-    """It compiles without a checkout, kernel headers or anything else beside it."""
-    run(
-        installed,
-        "-c",
-        f"import pathlib; from exporter.kernel import build; build.fill(pathlib.Path({str(tmp_path)!r}))",
-    )
-    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+PROGRAMS = "from exporter.kernel import build; print({name: len(code) for name, code in build.programs().items()})"
+
+
+def test_the_wheel_has_the_kernel_side_with_it(installed: Path) -> None:
+    """Compiled: no compiler is asked. And its sources: it compiles without a checkout or kernel headers beside it."""
+    brought = run(installed, "-c", "import subprocess; subprocess.Popen = None; " + PROGRAMS)
+    (file,) = (installed / "exporter" / "_bpf").glob("programs-*.json")
+    file.rename(installed / "elsewhere.json")
+    try:
+        assert run(installed, "-c", PROGRAMS) == brought
+    finally:
+        (installed / "elsewhere.json").rename(file)
+
+
+def test_changed_sources_are_compiled(installed: Path) -> None:
+    """What the wheel brought is of its own sources alone."""
+    source = installed / "exporter" / "_bpf" / "tls.h"
+    whole = source.read_text()
+    try:
+        source.write_text(whole + "\n#error changed\n")
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            run(installed, "-c", PROGRAMS)
+    finally:
+        source.write_text(whole)
+    assert "changed" in failed.value.stderr
 
 
 def test_the_command_is_in_it(installed: Path) -> None:

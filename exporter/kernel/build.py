@@ -1,7 +1,8 @@
 """Compiles bpf/ebfw.bpf.c, in a child process that exits: LLVM's 80 MB go with it. The only place that imports bcc.
 
 In: the C sources and nothing else. Out: for each entry function its instructions, in which a map is still a number
-(enum map_id). bcc creates no map and loads no program here, and reads no kernel headers: bpf/include stands in.
+(enum map_id). bcc creates no map and loads no program here, and reads no kernel headers: bpf/include stands in. So
+they are the same on every node, and a wheel brings them along.
 """
 
 from __future__ import annotations
@@ -73,8 +74,11 @@ def build_id() -> bytes:
 
 
 def programs(cache: Path | None = None) -> dict[str, bytes]:
-    """Instructions by entry function: kept in the folder `cache` by an earlier start, or compiled and kept there. A
-    node that restarts, or an image that was filled when it was built, has no need of a compiler's seconds."""
+    """Instructions by entry function: those that the wheel brought, or those that an earlier start kept in the folder
+    `cache`, or compiled now and kept there. A node needs no compiler's seconds and memory."""
+    code = _read(_brought())
+    if code is not None:
+        return code
     if cache is None:
         return compile_programs()
     code, problem = _have(cache)
@@ -88,15 +92,36 @@ def programs(cache: Path | None = None) -> dict[str, bytes]:
 
 
 def fill(cache: Path) -> str:
-    """Have the instructions in `cache`; the file. Raises KernelError where it cannot be written or did not compile."""
+    """Have the instructions in `cache`, where no wheel brought them; the file that has them. Raises KernelError where
+    it cannot be written or did not compile."""
+    if brought():
+        return str(_brought())
     _, problem = _have(cache)
     if problem:
         raise KernelError(f"the compiled programs cannot be kept in {cache}: {problem}")
     return str(_file(cache))
 
 
+def brought() -> bool:
+    """Whether the wheel brought the instructions."""
+    return _read(_brought()) is not None
+
+
+def _brought() -> Path:
+    """Where a wheel has them: of these very sources, whatever compiler is or is not here."""
+    return source_folder() / f"programs-{_recipe('')}.json"
+
+
 def _file(cache: Path) -> Path:
-    return cache / f"programs-{_recipe()}.json"
+    spec = importlib.util.find_spec("bcc")
+    found = os.stat(spec.origin) if spec is not None and spec.origin else None
+    # The compiler's file changes with its version.
+    return cache / f"programs-{_recipe(f'{found.st_mtime_ns} {found.st_size}' if found else '')}.json"
+
+
+def _recipe(compiler: str) -> str:
+    """What the instructions depend on: the sources, the machine, the compiler."""
+    return hashlib.sha256(build_id() + compiler.encode() + repr(PARTS).encode()).hexdigest()[:32]
 
 
 def _have(cache: Path) -> tuple[dict[str, bytes], str]:
@@ -114,23 +139,21 @@ def _have(cache: Path) -> tuple[dict[str, bytes], str]:
     return code, "" if _kept(file) else "only its owner, the agent's user, may write there"
 
 
-def _recipe() -> str:
-    """What the instructions depend on: the sources, the machine, the compiler (its file changes with its version)."""
-    spec = importlib.util.find_spec("bcc")
-    found = os.stat(spec.origin) if spec is not None and spec.origin else None
-    compiler = f"{found.st_mtime_ns} {found.st_size}" if found else ""
-    return hashlib.sha256(build_id() + compiler.encode() + repr(PARTS).encode()).hexdigest()[:32]
-
-
 def _kept(file: Path) -> dict[str, bytes] | None:
     """None where there is none that only root can have written."""
     try:
-        with file.open("rb") as opened:
-            for status in (os.stat(file.parent), os.fstat(opened.fileno())):
-                if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-                    return None
-            held = json.load(opened)
-        code = {name: base64.b64decode(text) for name, text in held.items()}
+        for status in (file.parent.stat(), file.stat()):
+            if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+                return None
+    except OSError:
+        return None
+    return _read(file)
+
+
+def _read(file: Path) -> dict[str, bytes] | None:
+    """None where it is missing or not whole."""
+    try:
+        code = {name: base64.b64decode(text) for name, text in json.loads(file.read_bytes()).items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return None
     return code if set(code) == {name for part in PARTS.values() for name in part} else None
@@ -144,7 +167,7 @@ def _keep(file: Path, code: dict[str, bytes]) -> None:
     new = file.with_suffix(f".{os.getpid()}")
     try:
         new.write_text(json.dumps({name: base64.b64encode(text).decode() for name, text in code.items()}))
-        new.chmod(0o600)
+        new.chmod(0o644)
         new.replace(file)
     except OSError:
         with contextlib.suppress(OSError):
@@ -158,7 +181,8 @@ _begun: list[subprocess.Popen[str]] = []
 def ahead(cache: Path | None, pin_path: Path) -> None:
     """Begin to compile, where the next `programs(cache)` will have to: the agent's imports take a while, too.
     `pin_path`: what is pinned there need not be compiled, as a rule."""
-    if not (pin_path / "map_stamp").exists() and (cache is None or not _file(cache).exists()):
+    had = (pin_path / "map_stamp", _brought(), *([_file(cache)] if cache else []))
+    if not any(file.exists() for file in had):
         _begun.extend(_begin())
 
 
@@ -227,6 +251,9 @@ def _compile_here(part: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["wheel"]:
+        _keep(_brought(), compile_programs())
+        sys.exit()
     # PR_SET_PDEATHSIG: an agent that ends or is killed meanwhile leaves nobody at work behind.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     result = json.dumps(_compile_here(int(sys.argv[1])))

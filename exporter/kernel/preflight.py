@@ -74,8 +74,8 @@ def _try_programs(r: _Report, fds: dict[str, int], flows: int, ring: int) -> Non
     r.head("programs")
     bpf.lift_memlock_limit()
     try:
-        code = build.compile_programs()
-        r.line("compile (bcc)", True, "", needed=True)
+        code = build.programs()
+        r.line("compile (bcc)", True, "(done when the wheel was built)" if build.brought() else "", needed=True)
     except EbfwError as error:
         r.line("compile (bcc)", False, str(error), needed=True)
         return

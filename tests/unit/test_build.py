@@ -1,10 +1,11 @@
-"""Compiled programs kept between starts: only ours, only whole, only of these sources."""
+"""Compiled programs that a wheel brought or an earlier start kept: only ours, only whole, only of these sources."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,15 @@ from exporter.errors import KernelError
 from exporter.kernel import build
 
 CODE = {name: bytes(8) for part in build.PARTS.values() for name in part}
+
+
+@pytest.fixture(autouse=True)
+def wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The C sources, without what this very tree may have been built with."""
+    folder = tmp_path / "wheel"
+    shutil.copytree(build.source_folder(), folder, ignore=shutil.ignore_patterns("programs-*"))
+    monkeypatch.setattr(build, "source_folder", lambda: folder)
+    return folder
 
 
 @pytest.fixture
@@ -91,6 +101,22 @@ def test_filled_for_later_starts(tmp_path: Path, compiled: list[int], capsys: py
     (tmp_path / "c").chmod(0o777)
     with pytest.raises(KernelError, match="cannot be kept"):
         build.fill(tmp_path / "c")
+
+
+def test_brought_by_the_wheel(compiled: list[int], wheel: Path, tmp_path: Path) -> None:
+    """No compiler, no cache; as soon as a source is another, both."""
+    assert not build.brought()
+    build._keep(build._brought(), CODE)
+    assert build.brought()
+    assert build.programs() == build.programs(tmp_path / "c") == CODE
+    build.ahead(None, tmp_path)
+    assert build.fill(tmp_path / "c") == str(build._brought())
+    assert (compiled, build._begun, (tmp_path / "c").exists()) == ([], [], False)
+    with (wheel / "tls.h").open("a") as source:
+        source.write("// changed")
+    assert not build.brought()
+    assert build.programs(tmp_path / "c") == CODE
+    assert compiled == [1]
 
 
 def test_compiling_begins_ahead_where_it_will_be_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
