@@ -25,7 +25,7 @@ from exporter.emit.hygiene import Hygiene
 from exporter.emit.instrumented import Instrumented, own_cgroup
 from exporter.emit.metrics import Metrics
 from exporter.emit.otlp import Otlp
-from exporter.emit.redact import Options, redact
+from exporter.emit.redact import Options, redact_all
 from exporter.emit.resource import Resources
 from exporter.emit.routes import Routes
 from exporter.emit.setup import Setups
@@ -57,7 +57,7 @@ IDLE_FLOW_SECONDS = 900.0  # a flow that has not moved for so long gives its slo
 
 def run(settings: Settings) -> int:
     """Watch until SIGINT or SIGTERM."""
-    heap.keep_small()
+    heap.take_charge()
     say_what_is_not_enforced(settings)
     root = find_root()
     cgroup = scope_of(settings, root)
@@ -182,6 +182,7 @@ class Pipeline:
         self.hygiene.settle()
         if self.inventory is not None:
             self.tell(self.inventory.due())
+        heap.collect()
         return taken
 
     def tell(self, events: list[Event]) -> None:
@@ -199,7 +200,7 @@ class Pipeline:
         self.processes.meet(told)
         if not self.outs and self.inventory is None:
             return
-        told = [redact(event, options) for event in told]
+        told = redact_all(told, options)
         if self.inventory is not None:
             self.inventory.observe(told)
             if len(told) < len(events):

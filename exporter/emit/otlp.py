@@ -336,17 +336,17 @@ class _Worker:
         self._stop = threading.Event()
         self._aborted = False
         self._told = False
-        self._thread = threading.Thread(target=self._run, name=f"otlp-{endpoint.signal}", daemon=True)
+        self._runner = threading.Thread(target=self._run, name=f"otlp-{endpoint.signal}", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        self._runner.start()
 
     def stop(self) -> None:
         self._stop.set()
         self._work.wake.set()
 
     def join(self, timeout: float) -> None:
-        self._thread.join(timeout)
+        self._runner.join(timeout)
 
     def abort(self) -> None:
         """Give up what is being sent and what waits."""
@@ -355,9 +355,9 @@ class _Worker:
 
     def finish(self) -> None:
         """The end of `abort`, once all have been told: one receiver's silence is not waited for three times."""
-        self._thread.join(1.0)
+        self._runner.join(1.0)
         # The thread has counted what it still found, unless the receiver holds it.
-        if self._thread.is_alive() and (left := self._work.waiting()):
+        if self._runner.is_alive() and (left := self._work.waiting()):
             self._losses.add("export", "shutdown", left)
 
     def _run(self) -> None:

@@ -14,6 +14,7 @@ away."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -56,6 +57,11 @@ def redact(event: Event, options: Options) -> Event:
     fields = list(event)
     fields[_PATH], fields[_HEADERS], fields[_DOMAIN] = new_path, new_headers, domain.rpartition("@")[2]
     return _new(Event, fields)
+
+
+def redact_all(events: Iterable[Event], options: Options) -> list[Event]:
+    """`redact` for each."""
+    return [redact(event, options) for event in events]
 
 
 _PATH, _HEADERS, _DOMAIN = map(Event._fields.index, ("path", "headers", "domain"))

@@ -80,10 +80,6 @@ def _call(command: int, attributes: bytes) -> tuple[int, ctypes.Array[ctypes.c_c
     return result, buffer
 
 
-def _address(buffer: object) -> int:
-    return ctypes.cast(buffer, ctypes.c_void_p).value or 0  # type: ignore[arg-type]  # any ctypes buffer
-
-
 def _path(path: str) -> ctypes.Array[ctypes.c_char]:
     return ctypes.create_string_buffer(os.fsencode(path))
 
@@ -119,15 +115,15 @@ def btf_for_storage(value_size: int) -> int:
     strings = b"\0u32\0u8\0"
     blob = struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(strings)) + types + strings
     data = ctypes.create_string_buffer(blob, len(blob))
-    return _call(_BTF_LOAD, struct.pack("<QQIII", _address(data), 0, len(blob), 0, 0) + bytes(4))[0]
+    return _call(_BTF_LOAD, struct.pack("<QQIII", ctypes.addressof(data), 0, len(blob), 0, 0) + bytes(4))[0]
 
 
-def _element(command: int, fd: int, key: bytes, value: object, flags: int = 0) -> None:
+def _element(command: int, fd: int, key: bytes, value: ctypes.Array[ctypes.c_char] | None, flags: int = 0) -> None:
+    # addressof, for ctypes.cast would leave a cycle behind: garbage of each call, until the collector comes.
     key_buffer = ctypes.create_string_buffer(key, len(key)) if key else None
-    _call(
-        command,
-        struct.pack("<IIQQQ", fd, 0, _address(key_buffer) if key else 0, _address(value) if value else 0, flags),
-    )
+    key_at = ctypes.addressof(key_buffer) if key_buffer is not None else 0
+    value_at = ctypes.addressof(value) if value is not None else 0
+    _call(command, struct.pack("<IIQQQ", fd, 0, key_at, value_at, flags))
 
 
 def map_lookup(fd: int, key: bytes, size: int) -> bytes | None:
@@ -159,7 +155,7 @@ def map_delete(fd: int, key: bytes) -> bool:
 def map_push_range(fd: int, first: int, after: int) -> None:
     """Push the numbers first..after-1 on a stack of u32, the highest first. One buffer for all: 0.5 us each."""
     value = ctypes.c_uint32()
-    attributes = ctypes.create_string_buffer(struct.pack("<IIQQQ", fd, 0, 0, _address(ctypes.byref(value)), 0), 32)
+    attributes = ctypes.create_string_buffer(struct.pack("<IIQQQ", fd, 0, 0, ctypes.addressof(value), 0), 32)
     call, number = _libc.syscall, _NR_BPF
     for slot in range(after - 1, first - 1, -1):
         value.value = slot
@@ -202,9 +198,9 @@ class BatchReader:
             attributes = struct.pack(
                 "<QQQQIIQQ",
                 into,
-                _address(self._position),
-                _address(self._keys),
-                _address(self._values),
+                ctypes.addressof(self._position),
+                ctypes.addressof(self._keys),
+                ctypes.addressof(self._values),
                 self._chunk,
                 self._fd,
                 0,
@@ -220,7 +216,7 @@ class BatchReader:
                 yield memoryview(self._keys), memoryview(self._values), count
             if code:  # ENOENT: that was the last
                 return
-            into = _address(self._position)
+            into = ctypes.addressof(self._position)
 
 
 # --- programs, links, pins ----------------------------------------------------------------------------------------
@@ -244,8 +240,8 @@ def prog_load(kind: int, instructions: bytes, name: str, expected_attach: int = 
             "<IIQQIIQII16sII",
             kind,
             len(instructions) // 8,
-            _address(code),
-            _address(licence),
+            ctypes.addressof(code),
+            ctypes.addressof(licence),
             level,
             size,
             log,
@@ -264,7 +260,7 @@ def prog_load(kind: int, instructions: bytes, name: str, expected_attach: int = 
         size = 1 << 24
         log = ctypes.create_string_buffer(size)
         try:
-            return _call(_PROG_LOAD, attributes(1, size, _address(log)))[0]
+            return _call(_PROG_LOAD, attributes(1, size, ctypes.addressof(log)))[0]
         except OSError:
             text = log.value.decode(errors="replace")
             last = [line for line in text.splitlines() if line.strip() and not line.startswith("processed")][-1:]
@@ -287,17 +283,17 @@ def link_detach(link: int) -> None:
 
 def pin(fd: int, path: str) -> None:
     name = _path(path)
-    _call(_OBJ_PIN, struct.pack("<QII", _address(name), fd, 0))
+    _call(_OBJ_PIN, struct.pack("<QII", ctypes.addressof(name), fd, 0))
 
 
 def get_pinned(path: str) -> int:
     name = _path(path)
-    return _call(_OBJ_GET, struct.pack("<QII", _address(name), 0, 0))[0]
+    return _call(_OBJ_GET, struct.pack("<QII", ctypes.addressof(name), 0, 0))[0]
 
 
 def _info(fd: int, size: int) -> bytes:
     info = ctypes.create_string_buffer(size)
-    _call(_OBJ_INFO, struct.pack("<IIQ", fd, size, _address(info)))
+    _call(_OBJ_INFO, struct.pack("<IIQ", fd, size, ctypes.addressof(info)))
     return info.raw
 
 
@@ -348,8 +344,8 @@ def test_run(program: int, packet: bytes, repeat: int = 1) -> tuple[int, int]:  
         0,
         len(packet),
         len(out),
-        _address(data),
-        _address(out),
+        ctypes.addressof(data),
+        ctypes.addressof(out),
         repeat,
         0,
         0,
@@ -369,7 +365,7 @@ _IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
 def raw_tracepoint(program: int, name: str) -> int:
     """Run a program at a tracepoint of the whole machine, until the descriptor is closed. Needs no tracefs."""
     text = _path(name)
-    return _call(_RAW_TRACEPOINT_OPEN, struct.pack("<QI", _address(text), program) + bytes(4))[0]
+    return _call(_RAW_TRACEPOINT_OPEN, struct.pack("<QI", ctypes.addressof(text), program) + bytes(4))[0]
 
 
 def uprobe_multi(program: int, path: str, offsets: Sequence[int], at_return: bool = False) -> int:
@@ -383,8 +379,8 @@ def uprobe_multi(program: int, path: str, offsets: Sequence[int], at_return: boo
         0,
         UPROBE_MULTI,
         0,
-        _address(name),
-        _address(where),
+        ctypes.addressof(name),
+        ctypes.addressof(where),
         0,
         0,
         len(offsets),
@@ -404,7 +400,7 @@ def uprobe(program: int, path: str, offset: int, at_return: bool = False) -> int
     name = _path(path)
     struct.pack_into("<IIQQQQQ", attr, 0, kind, 112, int(at_return), 1, 0, 0, 0)
     struct.pack_into("<I", attr, 48, 1)  # wakeup_events
-    struct.pack_into("<QQ", attr, 56, _address(name), offset)
+    struct.pack_into("<QQ", attr, 56, ctypes.addressof(name), offset)
     buffer = ctypes.create_string_buffer(bytes(attr), 112)
     fd = _libc.syscall(_NR_PERF_EVENT_OPEN, buffer, -1, 0, -1, 8)  # PERF_FLAG_FD_CLOEXEC
     if fd < 0:
