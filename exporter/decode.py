@@ -7,42 +7,44 @@ from __future__ import annotations
 
 import socket
 import struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from exporter.health import losses
 from exporter.kernel import wire
 
-OPENED, FAILED, CLOSED, QUERY, ANSWER, HELLO, HEAD, TLS_WRITE, SERVER_HELLO, HANDSHAKE_END, QUIC_INITIAL = (
-    wire.RECORD_OPENED,
-    wire.RECORD_FAILED,
-    wire.RECORD_CLOSED,
-    wire.RECORD_DNS_QUERY,
-    wire.RECORD_DNS_ANSWER,
-    wire.RECORD_HELLO,
-    wire.RECORD_HEAD,
-    wire.RECORD_TLS_WRITE,
-    wire.RECORD_SERVER_HELLO,
-    wire.RECORD_HANDSHAKE_END,
-    wire.RECORD_QUIC_INITIAL,
-)
+OPENED: Final = wire.RECORD_OPENED
+FAILED: Final = wire.RECORD_FAILED
+CLOSED: Final = wire.RECORD_CLOSED
+QUERY: Final = wire.RECORD_DNS_QUERY
+ANSWER: Final = wire.RECORD_DNS_ANSWER
+HELLO: Final = wire.RECORD_HELLO
+HEAD: Final = wire.RECORD_HEAD
+TLS_WRITE: Final = wire.RECORD_TLS_WRITE
+SERVER_HELLO: Final = wire.RECORD_SERVER_HELLO
+HANDSHAKE_END: Final = wire.RECORD_HANDSHAKE_END
+QUIC_INITIAL: Final = wire.RECORD_QUIC_INITIAL
 # Kinds of our own: QUERY and ANSWER over TCP.
-QUERY_PIECE, ANSWER_PIECE = QUERY | 0x100, ANSWER | 0x100
-TRUNCATED, PROXIED, HEAD_END, ABANDONED, BROKEN = (
-    wire.RECORD_TRUNCATED,
-    wire.RECORD_PROXIED,
-    wire.RECORD_HEAD_END,
-    wire.RECORD_ABANDONED,
-    wire.RECORD_BROKEN,
-)
-EXCLUDED, REDIRECTED = wire.RECORD_EXCLUDED, wire.RECORD_REDIRECTED
+QUERY_PIECE: Final = QUERY | 0x100
+ANSWER_PIECE: Final = ANSWER | 0x100
+TRUNCATED: Final = wire.RECORD_TRUNCATED
+PROXIED: Final = wire.RECORD_PROXIED
+HEAD_END: Final = wire.RECORD_HEAD_END
+ABANDONED: Final = wire.RECORD_ABANDONED
+BROKEN: Final = wire.RECORD_BROKEN
+EXCLUDED: Final = wire.RECORD_EXCLUDED
+REDIRECTED: Final = wire.RECORD_REDIRECTED
 # A flag of our own: seen inside a TLS library, though the cookie is that of a socket.
-INSIDE = 0x100
-RESPONSE, RECEIVED, TLS_CLOSED = wire.RECORD_RESPONSE, wire.RECORD_RECEIVED, wire.RECORD_TLS_CLOSED
-FRAMES_OUT, FRAMES_IN = wire.RECORD_FRAMES_OUT, wire.RECORD_FRAMES_IN
-LAST_CHUNK = wire.RECORD_LAST_CHUNK
-CUT, KEY_SHARE_KEPT = wire.RECORD_CUT, wire.KEY_SHARE_KEPT
+INSIDE: Final = 0x100
+RESPONSE: Final = wire.RECORD_RESPONSE
+RECEIVED: Final = wire.RECORD_RECEIVED
+TLS_CLOSED: Final = wire.RECORD_TLS_CLOSED
+FRAMES_OUT: Final = wire.RECORD_FRAMES_OUT
+FRAMES_IN: Final = wire.RECORD_FRAMES_IN
+LAST_CHUNK: Final = wire.RECORD_LAST_CHUNK
+CUT: Final = wire.RECORD_CUT
+KEY_SHARE_KEPT: Final = wire.KEY_SHARE_KEPT
 
-_CACHED = 2048
+_CACHED: Final = 2048
 
 
 class Sighting(NamedTuple):
@@ -116,19 +118,25 @@ class Arrival(NamedTuple):
     payload: bytes
 
 
-_addresses: dict[bytes, str] = {}
-_comms: dict[bytes, str] = {}
-_TRANSPORTS = {6: "tcp", 17: "udp"}
-_MAPPED = bytes(10) + b"\xff\xff"
-_unpack, _size = wire.RECORD.unpack_from, wire.RECORD.size
-_KIND, _LENGTH, _QNAME = wire.Record.kind.offset, wire.Record.length.offset, _size + 12
-_TRANSPORT, _FLAGS, _OFFSET = wire.Record.transport.offset, wire.Record.flags.offset, wire.Record.offset.offset
-_TCP = 6
-_ARRIVAL = struct.Struct(
+_addresses: Final[dict[bytes, str]] = {}
+_comms: Final[dict[bytes, str]] = {}
+_TRANSPORTS: Final = {6: "tcp", 17: "udp"}
+_MAPPED: Final = bytes(10) + b"\xff\xff"
+_unpack: Final = wire.RECORD.unpack_from
+_size: Final = wire.RECORD.size
+_KIND: Final = wire.Record.kind.offset
+_LENGTH: Final = wire.Record.length.offset
+_QNAME: Final = _size + 12
+_TRANSPORT: Final = wire.Record.transport.offset
+_FLAGS: Final = wire.Record.flags.offset
+_OFFSET: Final = wire.Record.offset.offset
+_TCP: Final = 6
+_ARRIVAL: Final = struct.Struct(
     f"<Q8xQ{_FLAGS - 24}xB{wire.Record.tx_bytes.offset - _FLAGS - 1}xQQ"
 ).unpack_from  # time, cookie, flags, tx_bytes, rx_bytes
-_TIME_AND_COOKIE, _U16 = struct.Struct("<Q8xQ").unpack_from, struct.Struct("<H").unpack_from
-_new = tuple.__new__
+_TIME_AND_COOKIE: Final = struct.Struct("<Q8xQ").unpack_from
+_U16: Final = struct.Struct("<H").unpack_from
+_new: Final = tuple.__new__
 
 
 def address(packed: bytes) -> str:
@@ -165,7 +173,8 @@ def decode(data: bytes) -> Sighting | Message | Piece | Step | Arrival | None:
     if kind in (QUERY, ANSWER):
         return _message(data, kind) if data[_TRANSPORT] != _TCP else _piece(data, kind)
     if kind in (RESPONSE, RECEIVED):
-        return _new(Arrival, (kind, *_ARRIVAL(data), payload(data)))
+        time, cookie, flags, tx_bytes, rx_bytes = _ARRIVAL(data)
+        return _new(Arrival, (kind, time, cookie, flags, tx_bytes, rx_bytes, payload(data)))
     if kind in (SERVER_HELLO, HANDSHAKE_END):
         time, cookie = _TIME_AND_COOKIE(data)
         return _new(Step, (kind, time, cookie, payload(data)))

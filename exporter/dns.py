@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 import struct
 from socket import AF_INET6, inet_ntoa, inet_ntop
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-QTYPES = {
+QTYPES: Final = {
     1: "A",
     2: "NS",
     5: "CNAME",
@@ -43,7 +43,7 @@ QTYPES = {
     256: "URI",
     257: "CAA",
 }
-RCODES = (
+RCODES: Final = (
     "NOERROR",
     "FORMERR",
     "SERVFAIL",
@@ -71,14 +71,14 @@ RCODES = (
 )
 
 # A message of 64 KiB has room for 5,000 answers; nobody needs to see more than this many.
-_new = tuple.__new__
-MAX_ANSWERS = 64
+_new: Final = tuple.__new__
+MAX_ANSWERS: Final = 64
 # Compression pointers followed for one name. Real servers use one or two; each must point further back.
-_MAX_JUMPS = 16
-_HEADER_FORMAT = struct.Struct("!HHHHHH")
-_QUESTION_FORMAT = struct.Struct("!HH")
-_RECORD_FORMAT = struct.Struct("!HHHIH")  # the owner as a pointer, type, class, TTL, length
-_PLAIN_LABEL = re.compile(rb"[!-\-/-\[\]-~]+")
+_MAX_JUMPS: Final = 16
+_HEADER_FORMAT: Final = struct.Struct("!HHHHHH")
+_QUESTION_FORMAT: Final = struct.Struct("!HH")
+_RECORD_FORMAT: Final = struct.Struct("!HHHIH")  # the owner as a pointer, type, class, TTL, length
+_PLAIN_LABEL: Final = re.compile(rb"[!-\-/-\[\]-~]+")
 
 
 class DnsMessage(NamedTuple):
@@ -102,11 +102,12 @@ class _Bad(Exception):
     """The bytes contradict the format, or end too early."""
 
 
-_CACHED = 2048
-_MESSAGES = 2048
-_LONG = 512  # bytes of a message that is not kept
-_messages: dict[bytes, DnsMessage] = {}  # by all their bytes but the id: hosts ask for the same names over and over
-_addresses: dict[bytes, str] = {}
+_CACHED: Final = 2048
+_MESSAGES: Final = 2048
+_LONG: Final = 512  # bytes of a message that is not kept
+# By all their bytes but the id: hosts ask for the same names over and over.
+_messages: Final[dict[bytes, DnsMessage]] = {}
+_addresses: Final[dict[bytes, str]] = {}
 
 
 def parse_dns(data: bytes) -> DnsMessage | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from itertools import islice
+from typing import Final
 
 from exporter import decode
 from exporter.decode import Sighting
@@ -27,7 +28,7 @@ Key = tuple[int, int, str]  # cgroup, pid, name
 Seen = tuple[int, int, int, int, str, str, str, str, str, int, str, int, str, int]
 assert (Sighting._fields.index("cgroup"), Sighting._fields.index("flags")) == (2, 15)
 
-_new = tuple.__new__
+_new: Final = tuple.__new__
 
 
 class _Free(dict[int, Seen]):

@@ -7,32 +7,41 @@ canonical form (IPv4-mapped IPv6 is IPv4). Empty string or None means "not known
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-SECOND = 1_000_000_000  # ns
+SECOND: Final = 1_000_000_000  # ns
 
 # Event kinds, as ebfw's first version names them, and two more: `close`; `new`, a destination that this workload had
 # never talked to.
-CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS, NEW = "connect", "close", "dns", "tls", "http", "https", "new"
-KINDS = (CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS, NEW)
+CONNECT: Final = "connect"
+CLOSE: Final = "close"
+DNS: Final = "dns"
+TLS: Final = "tls"
+HTTP: Final = "http"
+HTTPS: Final = "https"
+NEW: Final = "new"
+KINDS: Final = (CONNECT, CLOSE, DNS, TLS, HTTP, HTTPS, NEW)
 
 # Where a peer's name comes from, strongest first.
-HOST, SNI, DNS_ANSWER, ADDRESS = "host", "sni", "dns", "address"
+HOST: Final = "host"
+SNI: Final = "sni"
+DNS_ANSWER: Final = "dns"
+ADDRESS: Final = "address"
 
-CLIENT, SERVER, UNKNOWN_ROLE = "client", "server", "unknown"
+CLIENT: Final = "client"
+SERVER: Final = "server"
+UNKNOWN_ROLE: Final = "unknown"
 
 # Why a connection failed. `cancelled` is not a failure in rates (a lost Happy-Eyeballs race).
-OK, REFUSED, TIMED_OUT, CANCELLED, UNREACHABLE, DENIED = (
-    "ok",
-    "refused",
-    "timed_out",
-    "cancelled",
-    "unreachable",
-    "denied",
-)
-FAILURES = (REFUSED, TIMED_OUT, CANCELLED, UNREACHABLE, DENIED)
+OK: Final = "ok"
+REFUSED: Final = "refused"
+TIMED_OUT: Final = "timed_out"
+CANCELLED: Final = "cancelled"
+UNREACHABLE: Final = "unreachable"
+DENIED: Final = "denied"
+FAILURES: Final = (REFUSED, TIMED_OUT, CANCELLED, UNREACHABLE, DENIED)
 
-SCOPES = ("internet", "loopback", "private", "link_local")
+SCOPES: Final = ("internet", "loopback", "private", "link_local")
 
 
 class Workload(NamedTuple):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from exporter import decode, events
 from exporter.decode import Arrival, Sighting
@@ -20,17 +20,17 @@ from exporter.events import SECOND, Exchange
 from exporter.health import losses
 from exporter.http1 import Request, Response, parse_request, parse_response
 
-HEADS = 1024  # request heads that have come in part
-HEAD_BYTES = 8192
-OPEN = 8192  # connections with a request that waits for the end of its response
-HEAD_SECONDS = 10
-OPEN_SECONDS = 3600  # a response may take its time; a connection whose end was lost has none
-QUIET_SECONDS = 5  # a response whose end nothing tells is over when nothing has come for so long
-PIPELINED = 64  # requests on one connection that wait
+HEADS: Final = 1024  # request heads that have come in part
+HEAD_BYTES: Final = 8192
+OPEN: Final = 8192  # connections with a request that waits for the end of its response
+HEAD_SECONDS: Final = 10
+OPEN_SECONDS: Final = 3600  # a response may take its time; a connection whose end was lost has none
+QUIET_SECONDS: Final = 5  # a response whose end nothing tells is over when nothing has come for so long
+PIPELINED: Final = 64  # requests on one connection that wait
 
 # What a failed connection is called in error.type.
-ERRORS = {"reset": "connection_reset", "timed_out": "timed_out", "ok": "connection_closed"}
-_new = tuple.__new__
+ERRORS: Final = {"reset": "connection_reset", "timed_out": "timed_out", "ok": "connection_closed"}
+_new: Final = tuple.__new__
 
 
 class Ended(NamedTuple):

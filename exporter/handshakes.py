@@ -14,22 +14,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from exporter import decode, quic, tls
 from exporter.decode import Sighting, Step
 from exporter.events import SECOND, Tls
 from exporter.health import losses
 
-HANDSHAKES = 4096  # open at once
-HANDSHAKE_SECONDS = 10
-QUIC_HANDSHAKES = 1024  # open, or told not long ago
-HELLO_BYTES = 16384  # a hello of more is read as far as that
+HANDSHAKES: Final = 4096  # open at once
+HANDSHAKE_SECONDS: Final = 10
+QUIC_HANDSHAKES: Final = 1024  # open, or told not long ago
+HELLO_BYTES: Final = 16384  # a hello of more is read as far as that
 
-OK, CLOSED, TIMEOUT = "ok", "closed", "timeout"  # or the word of an alert
-_UNREADABLE = tls.ClientHello("", "", (), "", False, False, False, b"", False)
+OK: Final = "ok"  # or the word of an alert
+CLOSED: Final = "closed"
+TIMEOUT: Final = "timeout"
+_UNREADABLE: Final = tls.ClientHello("", "", (), "", False, False, False, b"", False)
 
-_new = tuple.__new__
+_new: Final = tuple.__new__
 _Made = TypeVar("_Made")
 
 

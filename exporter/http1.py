@@ -10,28 +10,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-ORIGIN, ABSOLUTE, AUTHORITY, ASTERISK = "origin", "absolute", "authority", "asterisk"
+ORIGIN: Final = "origin"
+ABSOLUTE: Final = "absolute"
+AUTHORITY: Final = "authority"
+ASTERISK: Final = "asterisk"
 
-MAX_HEADERS = 64
-_new = tuple.__new__
-_MAX_LINE_BREAKS = 4
+MAX_HEADERS: Final = 64
+_new: Final = tuple.__new__
+_MAX_LINE_BREAKS: Final = 4
 
 # While the version is cut off, only a method that we know tells a request from any other text.
-_METHODS = re.compile(
+_METHODS: Final = re.compile(
     "GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PROPFIND|PROPPATCH|MKCOL|COPY|MOVE|LOCK|UNLOCK|SEARCH"
     "|REPORT|PURGE|LINK|UNLINK|MKCALENDAR|MKACTIVITY|CHECKOUT|MERGE|NOTIFY|SUBSCRIBE|UNSUBSCRIBE"
 )
-_COMMON = frozenset(("GET", "POST", "PUT", "HEAD", "DELETE", "PATCH", "OPTIONS"))
-_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
-_VERSION = re.compile(r" HTTP/1\.([0-9]) *\Z")
-_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*\Z", re.DOTALL)
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_ABSOLUTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(?:\?([^#]*))?")
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-_CREDENTIALS = frozenset(("authorization", "proxy-authorization", "cookie"))
-_AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._~!$&'()*+,;=%-]+))(?::([0-9]{0,5}))?")
+_COMMON: Final = frozenset(("GET", "POST", "PUT", "HEAD", "DELETE", "PATCH", "OPTIONS"))
+_METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
+_VERSION: Final = re.compile(r" HTTP/1\.([0-9]) *\Z")
+_HEADER: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*\Z", re.DOTALL)
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_ABSOLUTE: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(?:\?([^#]*))?")
+_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_CREDENTIALS: Final = frozenset(("authorization", "proxy-authorization", "cookie"))
+_AUTHORITY: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._~!$&'()*+,;=%-]+))(?::([0-9]{0,5}))?")
 
 
 class Request(NamedTuple):
@@ -178,13 +181,15 @@ class _Fields(NamedTuple):
 
 
 # By their bytes: a client sends the same fields with each request, but for those that trace it.
-_blocks: dict[bytes, _Fields] = {}
-_BLOCKS, _LONG_BLOCK = 2048, 1024
+_blocks: Final[dict[bytes, _Fields]] = {}
+_BLOCKS: Final = 2048
+_LONG_BLOCK: Final = 1024
 # Lines that were read lately and are one field each, and hosts.
-_lines: dict[bytes, tuple[str, str]] = {}
-_LINES, _LONG_LINE = 4096, 128
-_authorities: dict[str, tuple[str, int | None]] = {}
-_AUTHORITIES = 1024
+_lines: Final[dict[bytes, tuple[str, str]]] = {}
+_LINES: Final = 4096
+_LONG_LINE: Final = 128
+_authorities: Final[dict[str, tuple[str, int | None]]] = {}
+_AUTHORITIES: Final = 1024
 
 
 def _fields(data: bytes, start: int) -> _Fields:
@@ -299,7 +304,7 @@ def _fields_line_by_line(data: bytes, start: int) -> tuple[tuple[tuple[str, str]
             fields.append((match[1], match[2]))
 
 
-_NO_FIELDS = _meaning((), True)
+_NO_FIELDS: Final = _meaning((), True)
 
 
 class Response(NamedTuple):
@@ -315,9 +320,9 @@ class Response(NamedTuple):
     grpc_status: int | None
 
 
-_STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?=[ \r\n]|\Z)")
-_CONTENT_LENGTH = b"\ncontent-length:"
-_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r|\n|\Z)")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?=[ \r\n]|\Z)")
+_CONTENT_LENGTH: Final = b"\ncontent-length:"
+_LENGTH: Final = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*(?=\r|\n|\Z)")
 
 
 def parse_response(data: bytes) -> Response | None:

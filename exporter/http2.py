@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from exporter.events import SECOND
 from exporter.health import losses
@@ -19,13 +19,16 @@ from exporter.hpack import BLOCK_BYTES, UNKNOWN, Inflater
 
 CONNECTIONS = 1024  # the one that was silent for longest gives way
 STREAMS = 1024  # open at once on one connection
-STREAM_SECONDS = 900  # without a frame; then it is told as far as it came
+STREAM_SECONDS: Final = 900  # without a frame; then it is told as far as it came
 
-MIDWAY, LOST = "midway", "lost"
-CLOSED, GOAWAY, UNFINISHED = "connection_closed", "goaway", "timeout"
+MIDWAY: Final = "midway"
+LOST: Final = "lost"
+CLOSED: Final = "connection_closed"
+GOAWAY: Final = "goaway"
+UNFINISHED: Final = "timeout"
 
 # RFC 9113 section 7
-ERRORS = (
+ERRORS: Final = (
     "no_error",
     "protocol_error",
     "internal_error",
@@ -42,10 +45,18 @@ ERRORS = (
     "http_1_1_required",
 )
 
-_DATA, _HEADERS, _RST_STREAM, _PUSH_PROMISE, _GOAWAY, _CONTINUATION = 0, 1, 3, 5, 7, 9
-_END_STREAM, _END_HEADERS, _PADDED, _PRIORITY = 1, 4, 8, 0x20
-_header = struct.Struct(">HBBBI").unpack_from  # length in two parts, type, flags, stream
-_number = struct.Struct(">I").unpack_from
+_DATA: Final = 0
+_HEADERS: Final = 1
+_RST_STREAM: Final = 3
+_PUSH_PROMISE: Final = 5
+_GOAWAY: Final = 7
+_CONTINUATION: Final = 9
+_END_STREAM: Final = 1
+_END_HEADERS: Final = 4
+_PADDED: Final = 8
+_PRIORITY: Final = 0x20
+_header: Final = struct.Struct(">HBBBI").unpack_from  # length in two parts, type, flags, stream
+_number: Final = struct.Struct(">I").unpack_from
 
 Context = TypeVar("Context")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from exporter import decode, events
 from exporter.decode import Arrival, Message, Piece, Sighting, Step
@@ -24,12 +24,12 @@ from exporter.http1 import has_credentials, split_authority, valid_traceparent
 from exporter.http2 import UNFINISHED, Finished, Http2
 from exporter.lookups import HELD, QUERIES, STREAMS, Lookups
 
-_SOURCES = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
-LEFT_SECONDS = 2  # what came before a socket's end may be read after it
+_SOURCES: Final = {1: events.SNI, 2: events.HOST}  # the low bits of a name's id
+LEFT_SECONDS: Final = 2  # what came before a socket's end may be read after it
 
 
 # Event(...) sorts 34 arguments by name, at three times the cost; hence tuples in the order of its fields.
-_new = tuple.__new__
+_new: Final = tuple.__new__
 assert len(Event._fields) == 34
 
 
@@ -216,21 +216,41 @@ class Join:
         tls: Tls | None = None,
         credentials: bool = False,
     ) -> Event:
+        # One step for all, where each s.name is a look into a dictionary.
+        (
+            _kind,
+            time,
+            _cgroup,
+            cookie,
+            _name,
+            pid,
+            comm,
+            transport,
+            role,
+            scope,
+            local,
+            local_port,
+            peer,
+            port,
+            _outcome,
+            flags,
+            *_,
+        ) = s
         return _new(
             Event,
             (
                 kind,
-                self._to_wall(s.time),
+                self._to_wall(time),
                 who,
-                s.pid,
-                s.comm,
-                s.transport,
-                s.role,
-                s.local,
-                s.local_port,
-                s.peer,
-                s.port,
-                s.scope if s.peer else "",
+                pid,
+                comm,
+                transport,
+                role,
+                local,
+                local_port,
+                peer,
+                port,
+                scope if peer else "",
                 domain,
                 source,
                 status,
@@ -245,15 +265,15 @@ class Join:
                 path,
                 headers,
                 proxy,
-                s.cookie,
+                cookie,
                 (source != events.ADDRESS and self._hidden(domain))
-                or (not s.peer and self._hidden_place(who, domain, s.time)),
+                or (not peer and self._hidden_place(who, domain, time)),
                 exchange,
                 tls,
                 False,
                 "",
                 credentials,
-                s.flags & decode.REDIRECTED != 0,
+                flags & decode.REDIRECTED != 0,
             ),
         )
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from exporter import decode, events
 from exporter.decode import Message, Piece
@@ -22,20 +23,20 @@ from exporter.dns import DnsMessage, parse_dns
 from exporter.events import SECOND, Event, Workload
 from exporter.health import losses
 
-QUERIES = 8192  # open at once; a query is given up after QUERY_SECONDS
-QUERY_SECONDS = 5
+QUERIES: Final = 8192  # open at once; a query is given up after QUERY_SECONDS
+QUERY_SECONDS: Final = 5
 HELD = 4096
-HOLD = 1_000_000_000  # ns
-ADJACENT = 100_000_000  # ns from one answer to the next question of the same search
-ENDINGS = 1024
+HOLD: Final = 1_000_000_000  # ns
+ADJACENT: Final = 100_000_000  # ns from one answer to the next question of the same search
+ENDINGS: Final = 1024
 STREAMS = 512
-STREAM_SECONDS = 60
-WAITING = 16  # pieces of a stream that came early
+STREAM_SECONDS: Final = 60
+WAITING: Final = 16  # pieces of a stream that came early
 
-_SEARCH_AT = Event._fields.index("search_expansion")
-_HALF = 1 << 31
-_MASK = (1 << 32) - 1
-_new = tuple.__new__
+_SEARCH_AT: Final = Event._fields.index("search_expansion")
+_HALF: Final = 1 << 31
+_MASK: Final = (1 << 32) - 1
+_new: Final = tuple.__new__
 
 
 class _Held:

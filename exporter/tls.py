@@ -15,11 +15,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from hashlib import sha256
-from typing import Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
-VERSIONS = {0x0304: "1.3", 0x0303: "1.2", 0x0302: "1.1", 0x0301: "1.0", 0x0300: "ssl3"}
+VERSIONS: Final = {0x0304: "1.3", 0x0303: "1.2", 0x0302: "1.1", 0x0301: "1.0", 0x0300: "ssl3"}
 
-GROUPS = {
+GROUPS: Final = {
     0x0017: "secp256r1",
     0x0018: "secp384r1",
     0x0019: "secp521r1",
@@ -41,11 +41,11 @@ GROUPS = {
     0xFE30: "X25519Kyber512Draft00",
     0xFE31: "X25519Kyber768Draft00Old",
 }
-POST_QUANTUM = frozenset(
+POST_QUANTUM: Final = frozenset(
     (0x0200, 0x0201, 0x0202, 0x11EB, 0x11EC, 0x11ED, 0x6399, 0x639A, 0xFE30, 0xFE31)
 )  # those of GROUPS that rest on ML-KEM or its draft, Kyber
 
-ALERTS = {
+ALERTS: Final = {
     0: "close_notify",
     10: "unexpected_message",
     20: "bad_record_mac",
@@ -83,14 +83,25 @@ ALERTS = {
     121: "ech_required",
 }
 
-CHANGE_CIPHER_SPEC, ALERT, HANDSHAKE, APPLICATION_DATA = 20, 21, 22, 23  # content types of records
-_FATAL, _CLOSE_NOTIFY = 2, 0
-_CLIENT_HELLO, _SERVER_HELLO = 1, 2  # handshake types
+CHANGE_CIPHER_SPEC: Final = 20  # content types of records
+ALERT: Final = 21
+HANDSHAKE: Final = 22
+APPLICATION_DATA: Final = 23
+_FATAL: Final = 2
+_CLOSE_NOTIFY: Final = 0
+_CLIENT_HELLO: Final = 1  # handshake types
+_SERVER_HELLO: Final = 2
 
 # Extensions.
-_SERVER_NAME, _SIGNATURE_ALGORITHMS, _ALPN, _SESSION_TICKET = 0, 13, 16, 35
-_PRE_SHARED_KEY, _SUPPORTED_VERSIONS, _KEY_SHARE, _ECH = 41, 43, 51, 0xFE0D
-_READ = frozenset(
+_SERVER_NAME: Final = 0
+_SIGNATURE_ALGORITHMS: Final = 13
+_ALPN: Final = 16
+_SESSION_TICKET: Final = 35
+_PRE_SHARED_KEY: Final = 41
+_SUPPORTED_VERSIONS: Final = 43
+_KEY_SHARE: Final = 51
+_ECH: Final = 0xFE0D
+_READ: Final = frozenset(
     (
         _SERVER_NAME,
         _SIGNATURE_ALGORITHMS,
@@ -104,21 +115,21 @@ _READ = frozenset(
 )
 
 # The random of a ServerHello that is a HelloRetryRequest: SHA-256 of those words (RFC 8446 section 4.1.3).
-_RETRY = sha256(b"HelloRetryRequest").digest()
+_RETRY: Final = sha256(b"HelloRetryRequest").digest()
 
 # 4 + 32 + 1 + 8: no encrypted Finished is shorter (the shortest hash, content type, the shortest tag; RFC 8446).
-_SHORTEST_FINISHED = 45
+_SHORTEST_FINISHED: Final = 45
 
-_JA4_VERSIONS = {0x0304: "13", 0x0303: "12", 0x0302: "11", 0x0301: "10", 0x0300: "s3", 0x0002: "s2"}
-_GREASE = frozenset(0x0A0A + 0x1010 * n for n in range(16))
-_NOTHING = "000000000000"
-_PROTOCOLS = 32  # ALPN names kept
-_CACHED = 1024
-_MASKS = 8  # tried for one message
+_JA4_VERSIONS: Final = {0x0304: "13", 0x0303: "12", 0x0302: "11", 0x0301: "10", 0x0300: "s3", 0x0002: "s2"}
+_GREASE: Final = frozenset(0x0A0A + 0x1010 * n for n in range(16))
+_NOTHING: Final = "000000000000"
+_PROTOCOLS: Final = 32  # ALPN names kept
+_CACHED: Final = 1024
+_MASKS: Final = 8  # tried for one message
 
-_two = struct.Struct("!HH").unpack_from
-_short = struct.Struct("!H").unpack_from
-_new = tuple.__new__
+_two: Final = struct.Struct("!HH").unpack_from
+_short: Final = struct.Struct("!H").unpack_from
+_new: Final = tuple.__new__
 _T = TypeVar("_T")
 
 
@@ -159,7 +170,7 @@ class _Shape(NamedTuple):
     ja4: str
 
 
-_shapes: dict[tuple[object, ...], _Shape] = {}
+_shapes: Final[dict[tuple[object, ...], _Shape]] = {}
 
 
 class _Memo(Generic[_T]):
@@ -198,8 +209,8 @@ class _Memo(Generic[_T]):
 
 
 # A client's hello, and where in it the name is; the server's.
-_hellos: _Memo[tuple[ClientHello, int, int]] = _Memo()
-_answers: _Memo[ServerHello] = _Memo()
+_hellos: Final[_Memo[tuple[ClientHello, int, int]]] = _Memo()
+_answers: Final[_Memo[ServerHello]] = _Memo()
 
 
 def parse_client_hello(data: bytes, quic: bool = False, kept: int = 0xFFFF) -> ClientHello | None:

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from exporter.emit import semconv as c
 from exporter.emit.connections import HttpConnections
@@ -27,24 +27,32 @@ from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, OK, SERVER, TLS, C
 
 log = logging.getLogger(__name__)
 
-PORTS_SHOWN = 100
-PORTS_TOLD = 0.8  # of the range, in use towards one destination: a warning in the agent's log
+PORTS_SHOWN: Final = 100
+PORTS_TOLD: Final = 0.8  # of the range, in use towards one destination: a warning in the agent's log
 _OPEN = 65_536
-_NO_SOCKET = 1 << 63  # cookies from here on are those of TLS libraries
+_NO_SOCKET: Final = 1 << 63  # cookies from here on are those of TLS libraries
 
-_OBSOLETE = frozenset(("1.1", "1.0", "ssl3"))
-_POST_QUANTUM = ("MLKEM", "KYBER")
+_OBSOLETE: Final = frozenset(("1.1", "1.0", "ssl3"))
+_POST_QUANTUM: Final = ("MLKEM", "KYBER")
 
 # What is counted, by number: a tuple of names would be hashed for each event.
-_COUNTERS = (
+_COUNTERS: Final = (
     *((metric, (finding,)) for finding in ("cleartext_credentials", "obsolete_tls", "no_post_quantum", "dns_search")
       for metric in (c.CHECKED, c.FINDINGS)),
     *((c.HYGIENE_TIME, (phase,)) for phase in ("dns", "connect", "tls", "request")),
     (c.HYGIENE_CONNECTIONS, ()),
     (c.HYGIENE_REQUESTS, ()),
 )  # fmt: skip
-_CLEARTEXT, _OBSOLETE_TLS, _NO_POST_QUANTUM, _SEARCH = range(0, 8, 2)  # the finding itself is one further
-_DNS_TIME, _CONNECT_TIME, _TLS_TIME, _REQUEST_TIME, _CONNECTIONS_CLOSED, _REQUESTS = range(8, 14)
+_CLEARTEXT: Final = 0  # the finding itself is one further
+_OBSOLETE_TLS: Final = 2
+_NO_POST_QUANTUM: Final = 4
+_SEARCH: Final = 6
+_DNS_TIME: Final = 8
+_CONNECT_TIME: Final = 9
+_TLS_TIME: Final = 10
+_REQUEST_TIME: Final = 11
+_CONNECTIONS_CLOSED: Final = 12
+_REQUESTS: Final = 13
 
 
 class Hygiene:

@@ -14,18 +14,19 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from exporter.events import CONNECT, HTTP, HTTPS, SERVER, Event, Flow, Workload
 
-SKIP, ADD = "skip", "add"
-SECONDS = 3600.0
-_WORKLOADS = 4096
-_PORTS = (4317, 4318)
-_REQUESTS = frozenset((HTTP, HTTPS))
-_SERVICE = "/opentelemetry.proto.collector."
+SKIP: Final = "skip"
+ADD: Final = "add"
+SECONDS: Final = 3600.0
+_WORKLOADS: Final = 4096
+_PORTS: Final = (4317, 4318)
+_REQUESTS: Final = frozenset((HTTP, HTTPS))
+_SERVICE: Final = "/opentelemetry.proto.collector."
 # The kernel's names of Collectors, cut to 15 bytes as they are: they send what others made.
-_COLLECTORS = ("otelcol", "otelcontribcol", "otelcorecol")
+_COLLECTORS: Final = ("otelcol", "otelcontribcol", "otelcorecol")
 
 
 class _Seen(NamedTuple):

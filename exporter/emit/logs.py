@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from exporter.emit import semconv as c
 from exporter.emit.spans import (
@@ -33,23 +33,24 @@ from exporter.emit.trace_context import Context
 from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, NEW, TLS, Event
 from exporter.health import printable
 
-INFO, WARN = 9, 13  # SeverityNumber
-SEVERITY = {INFO: "INFO", WARN: "WARN"}
+INFO: Final = 9  # SeverityNumber
+WARN: Final = 13
+SEVERITY: Final = {INFO: "INFO", WARN: "WARN"}
 
-WINDOW_SECONDS = 60.0
-_WINDOWS = 4096
-_SEEN = 32_768
-_LATELY = 2_048
+WINDOW_SECONDS: Final = 60.0
+_WINDOWS: Final = 4096
+_SEEN: Final = 32_768
+_LATELY: Final = 2_048
 
-_DESTINATIONS = frozenset((CONNECT, TLS, HTTP, HTTPS))
-_DURATIONS = {
+_DESTINATIONS: Final = frozenset((CONNECT, TLS, HTTP, HTTPS))
+_DURATIONS: Final = {
     CONNECT: c.CONNECT_DURATION,
     DNS: c.DNS_DURATION,
     TLS: c.TLS_DURATION,
     HTTP: c.HTTP_DURATION,
     HTTPS: c.HTTP_DURATION,
 }
-_NAMES = {
+_NAMES: Final = {
     CONNECT: c.EVENT_CONNECTION,
     CLOSE: c.EVENT_CONNECTION,
     DNS: c.EVENT_DNS,

@@ -19,7 +19,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from exporter import health
 from exporter.emit import semconv as c
@@ -44,19 +44,26 @@ from exporter.events import CLOSE, CONNECT, DNS, HTTP, HTTPS, OK, SERVER, TLS, C
 
 __all__ = ["Gone", "Metrics", "Point", "Snapshot", "is_delta"]
 
-_EXEMPLARS = 1000  # the default budget of spans twice over, at expire()'s five seconds
-_LABEL_SETS = 1024  # remembered for each workload between two calls of expire()
+_EXEMPLARS: Final = 1000  # the default budget of spans twice over, at expire()'s five seconds
+_LABEL_SETS: Final = 1024  # remembered for each workload between two calls of expire()
 
-_CONNECT, _RTT, _DNS, _TLS = IX[c.CONNECT_TIME], IX[c.RTT], IX[c.DNS_TIME], IX[c.TLS_TIME]
-_HANDSHAKES, _HTTP, _RPC, _OPEN = IX[c.TLS_HANDSHAKES], IX[c.HTTP_TIME], IX[c.RPC_TIME], IX[c.OPEN_CONNECTIONS]
-_HTTP_MORE = (IX[c.HTTP_FIRST_BYTE], IX[c.HTTP_REQUEST_SIZE], IX[c.HTTP_RESPONSE_SIZE])
-_OPENED, _CLOSED = Counts._fields.index("opened"), Counts._fields.index("closed")
-_CALL = re.compile(r"/[A-Za-z0-9_.]{1,128}/[A-Za-z0-9_]{1,128}")
+_CONNECT: Final = IX[c.CONNECT_TIME]
+_RTT: Final = IX[c.RTT]
+_DNS: Final = IX[c.DNS_TIME]
+_TLS: Final = IX[c.TLS_TIME]
+_HANDSHAKES: Final = IX[c.TLS_HANDSHAKES]
+_HTTP: Final = IX[c.HTTP_TIME]
+_RPC: Final = IX[c.RPC_TIME]
+_OPEN: Final = IX[c.OPEN_CONNECTIONS]
+_HTTP_MORE: Final = (IX[c.HTTP_FIRST_BYTE], IX[c.HTTP_REQUEST_SIZE], IX[c.HTTP_RESPONSE_SIZE])
+_OPENED: Final = Counts._fields.index("opened")
+_CLOSED: Final = Counts._fields.index("closed")
+_CALL: Final = re.compile(r"/[A-Za-z0-9_.]{1,128}/[A-Za-z0-9_]{1,128}")
 
 # What getaddrinfo tells apart: error.type of most lookups, and of all that found no room.
-_LOOKUP_ERRORS = frozenset(("", "host_not_found", "try_again", "no_recovery", "timeout"))
+_LOOKUP_ERRORS: Final = frozenset(("", "host_not_found", "try_again", "no_recovery", "timeout"))
 
-_UNIMPLEMENTED = c.GRPC_CODES.index("UNIMPLEMENTED")  # the server knows no such method: any word may stand there
+_UNIMPLEMENTED: Final = c.GRPC_CODES.index("UNIMPLEMENTED")  # the server knows no such method: any word may stand there
 
 Trace = tuple[bytes, bytes]  # trace id, span id
 _Series = TypeVar("_Series", Number, Histogram)

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from exporter import health
 from exporter.emit import otlp_settings
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
-_TICK = 1.0  # seconds after which a worker looks even if nobody woke it
+_TICK: Final = 1.0  # seconds after which a worker looks even if nobody woke it
 
 
 class Otlp:

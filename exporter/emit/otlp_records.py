@@ -15,7 +15,7 @@ import random
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from exporter.emit import semconv as c
 from exporter.emit.logs import SEVERITY, Note, record
@@ -40,19 +40,21 @@ from exporter.emit.trace_context import Context
 from exporter.events import Event, Workload
 
 # Receivers take 4 MiB by default; a part of it keeps the agent's memory flat while it sends.
-LIMIT = 1 << 17
+LIMIT: Final = 1 << 17
 # Pieces that are kept, 50 to 600 bytes each. Then all are made anew.
-_KEPT = 8192
-_HEADS = 512  # resources, 600 bytes each
+_KEPT: Final = 8192
+_HEADS: Final = 512  # resources, 600 bytes each
 # A request's span has at most so many attributes, 64 of them headers.
-_ATTRIBUTES = 96
+_ATTRIBUTES: Final = 96
 
-_TIMES = struct.Struct("<BQBQ").pack
-_TIME = struct.Struct("<Q").pack
-_DOUBLE = struct.Struct("<d").pack
+_TIMES: Final = struct.Struct("<BQBQ").pack
+_TIME: Final = struct.Struct("<Q").pack
+_DOUBLE: Final = struct.Struct("<d").pack
 
-_HAS_REMOTE, _IS_REMOTE = 0x100, 0x200  # SpanFlags
-_ATTRIBUTE, _LOG_ATTRIBUTE = b"\x4a", b"\x32"
+_HAS_REMOTE: Final = 0x100  # SpanFlags
+_IS_REMOTE: Final = 0x200
+_ATTRIBUTE: Final = b"\x4a"
+_LOG_ATTRIBUTE: Final = b"\x32"
 
 
 class Payload(NamedTuple):
@@ -316,11 +318,11 @@ class _Batch:
         yield payload
 
 
-_bits = random.getrandbits
-_SCHEMA = sized(b"\x1a", c.SCHEMA_URL.encode())
-_ERROR = b"\x7a\x02\x18\x02"
-_FLAGS = struct.Struct("<2sI").pack
-_ROOT_FLAGS = _FLAGS(b"\x85\x01", 0x1 | _HAS_REMOTE)
+_bits: Final = random.getrandbits
+_SCHEMA: Final = sized(b"\x1a", c.SCHEMA_URL.encode())
+_ERROR: Final = b"\x7a\x02\x18\x02"
+_FLAGS: Final = struct.Struct("<2sI").pack
+_ROOT_FLAGS: Final = _FLAGS(b"\x85\x01", 0x1 | _HAS_REMOTE)
 
 
 def _flags(traceparent: str) -> bytes:

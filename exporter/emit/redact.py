@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 from exporter.events import Event
 from exporter.settings import Settings
 
-REDACTED = "REDACTED"
+REDACTED: Final = "REDACTED"
 
 
 class Options(NamedTuple):
@@ -64,8 +64,10 @@ def redact_all(events: Iterable[Event], options: Options) -> list[Event]:
     return [redact(event, options) for event in events]
 
 
-_PATH, _HEADERS, _DOMAIN = map(Event._fields.index, ("path", "headers", "domain"))
-_new = tuple.__new__
+_PATH: Final = Event._fields.index("path")
+_HEADERS: Final = Event._fields.index("headers")
+_DOMAIN: Final = Event._fields.index("domain")
+_new: Final = tuple.__new__
 
 
 def _tracestate(text: str) -> str:
@@ -83,10 +85,10 @@ def _tracestate(text: str) -> str:
 # The fast path: segments of lower-case characters that are too short or too plain to be a secret. Everything
 # that is told by its form (JWT, AKIA, bot123:, a digit in a longer word) has a character or a length that is
 # not in here.
-_PLAIN = re.compile(r"(?:/(?>[a-z0-9_.~-]{0,11}(?![^/])|[a-z_.~-]{0,19}(?![^/])|[0-9]{0,19}(?![^/])))+")
+_PLAIN: Final = re.compile(r"(?:/(?>[a-z0-9_.~-]{0,11}(?![^/])|[a-z_.~-]{0,19}(?![^/])|[0-9]{0,19}(?![^/])))+")
 
-_USER_INFO = re.compile(r"//[^/?#]*@")
-_AUTHORITY_USER_INFO = re.compile(r"\A[^/?#]*@")
+_USER_INFO: Final = re.compile(r"//[^/?#]*@")
+_AUTHORITY_USER_INFO: Final = re.compile(r"\A[^/?#]*@")
 
 
 def target(text: str, options: Options) -> str:
@@ -129,8 +131,8 @@ def _query(query: str, allowed: frozenset[str]) -> str:
     return "&".join([_parameter(piece, allowed) if piece else "" for piece in query.split("&")])
 
 
-_KEY = re.compile(r"[A-Za-z0-9_.$~%\[\]-]{1,64}")
-_BARE = re.compile(r"[a-z_-]{1,19}")
+_KEY: Final = re.compile(r"[A-Za-z0-9_.$~%\[\]-]{1,64}")
+_BARE: Final = re.compile(r"[a-z_-]{1,19}")
 
 
 def _parameter(piece: str, allowed: frozenset[str]) -> str:
@@ -144,8 +146,8 @@ def _parameter(piece: str, allowed: frozenset[str]) -> str:
 
 
 # The keys that applications use are few.
-_keys: dict[str, str] = {}
-_KEYS = 2048
+_keys: Final[dict[str, str]] = {}
+_KEYS: Final = 2048
 
 
 def _shown_key(key: str) -> str:
@@ -155,9 +157,9 @@ def _shown_key(key: str) -> str:
     return shown
 
 
-_HOOK = re.compile(r"(?:[a-z]+[-_])?(?:web)?hooks?(?:b2|[-_].*)?", re.IGNORECASE)
-_SLACK_TEAM = re.compile(r"[TE][A-Z0-9]{6,}")
-_UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+_HOOK: Final = re.compile(r"(?:[a-z]+[-_])?(?:web)?hooks?(?:b2|[-_].*)?", re.IGNORECASE)
+_SLACK_TEAM: Final = re.compile(r"[TE][A-Z0-9]{6,}")
+_UUID: Final = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 
 def _path(path: str, hook: bool) -> str:
@@ -187,9 +189,9 @@ def _hook_token(segment: str) -> bool:
     return not re.fullmatch(r"[A-Z]?[a-z]+(?:[-_]?[A-Z]?[a-z]+)*", segment) or (len(segment) >= 20 and _random(segment))
 
 
-_SENSITIVE = re.compile(r"pass|pwd|secret|token|key|auth|cred|sess|sig|jwt|sid\b", re.IGNORECASE)
-_BOT = re.compile(r"(bot)[0-9]+(?::|%3A).*", re.IGNORECASE | re.DOTALL)
-_DIGEST = re.compile(r"sha(?:256:[0-9a-f]{64}|512:[0-9a-f]{128})")
+_SENSITIVE: Final = re.compile(r"pass|pwd|secret|token|key|auth|cred|sess|sig|jwt|sid\b", re.IGNORECASE)
+_BOT: Final = re.compile(r"(bot)[0-9]+(?::|%3A).*", re.IGNORECASE | re.DOTALL)
+_DIGEST: Final = re.compile(r"sha(?:256:[0-9a-f]{64}|512:[0-9a-f]{128})")
 
 
 def _segment(segment: str) -> str:
@@ -214,20 +216,20 @@ def _pair(piece: str, always: bool) -> str:
 
 # --- what looks like a secret -------------------------------------------------------------------------------
 
-_JWT = re.compile(r"eyJ[A-Za-z0-9_-]{5,}")
+_JWT: Final = re.compile(r"eyJ[A-Za-z0-9_-]{5,}")
 # Tokens that say what they are. At least eight characters follow, so that a package called npm_x stays.
-_PREFIXED = re.compile(
+_PREFIXED: Final = re.compile(
     r"(?<![A-Za-z0-9])(?:gh[pousr]_|github_pat_|glpat-|xox[a-z]-|xapp-|[sprw][kh]_(?:live|test)_|whsec_|AKIA|ASIA|AIza"
     r"|ya29\.|SG\.|hv[sb]\.|dop_v1_|npm_|pypi-AgEI)[A-Za-z0-9_.=-]{8,}"
 )
-_PARTS = re.compile(r"[A-Za-z0-9]+")
-_TOKENS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
-_WORD = re.compile(r"[A-Za-z]?[a-z]+[0-9]?|[A-Z]+|[0-9]+")
-_HEX = re.compile(r"(?=.*[0-9])(?:[0-9a-f]{20,}|[0-9A-F]{20,})")
-_VOWELS = re.compile(r"[aeiouyAEIOUY]")
-_CONSONANTS = re.compile(r"(?i:[b-df-hj-np-tv-xz]{8})")
+_PARTS: Final = re.compile(r"[A-Za-z0-9]+")
+_TOKENS: Final = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
+_WORD: Final = re.compile(r"[A-Za-z]?[a-z]+[0-9]?|[A-Z]+|[0-9]+")
+_HEX: Final = re.compile(r"(?=.*[0-9])(?:[0-9a-f]{20,}|[0-9A-F]{20,})")
+_VOWELS: Final = re.compile(r"[aeiouyAEIOUY]")
+_CONSONANTS: Final = re.compile(r"(?i:[b-df-hj-np-tv-xz]{8})")
 # Pairs that words in Latin letters hardly have: j, q, v, x, z beside a consonant, less the usual exceptions.
-_ODD_PAIR = re.compile(
+_ODD_PAIR: Final = re.compile(
     r"(?i:(?!qc|x[cpts]|z[ztwhl]|jp|js|vs|vm)[jqvxz](?=[bcdfghjklmnpqrstvwxz])"
     r"|(?!sq|cq|nj|nz|tz|nx|rz|dj|bj|dv|bv|lz|cz|sz|rx|gz|nq|lv|rv|nv)[bcdfghklmnprstw](?=[jqxzv])|q(?=[eioaw]))"
 )
@@ -295,19 +297,19 @@ def _random_part(part: str) -> bool:
 
 # --- headers ------------------------------------------------------------------------------------------------
 
-_SECRET_HEADER = re.compile(
+_SECRET_HEADER: Final = re.compile(
     r"auth|cookie|key|token|secret|passw|credential|session|signature|jwt|assertion|otp|csrf|xsrf",
     re.IGNORECASE,
 )
 # Random by design and not secret: ids that tie a request to a trace.
-_KNOWN_HEADERS = re.compile(
+_KNOWN_HEADERS: Final = re.compile(
     r"host|traceparent|x-(?:request|correlation)-id|x-b3-(?:trace|span|parentspan)id|x-cloud-trace-context"
     r"|content-(?:length|encoding)|accept-(?:encoding|language)|connection|date|if-modified-since",
     re.IGNORECASE,
 )
 # Their value is one URL, in which `;` and `,` separate nothing.
-_URL_HEADER = re.compile(r"referer|location|origin|ur[il]$|destination", re.IGNORECASE)
-_WORDS = re.compile(r"[^\s,;\"'<>()]+")
+_URL_HEADER: Final = re.compile(r"referer|location|origin|ur[il]$|destination", re.IGNORECASE)
+_WORDS: Final = re.compile(r"[^\s,;\"'<>()]+")
 
 
 def _headers(headers: tuple[tuple[str, str], ...], options: Options) -> tuple[tuple[str, str], ...]:

@@ -10,16 +10,16 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from exporter import health
 from exporter.emit.setup import Setup
 from exporter.emit.trace_context import Context
 from exporter.events import Event
 
-_CANDIDATES = 4096
-_random = random.random
-_RATIO_BITS = 1 << 64
+_CANDIDATES: Final = 4096
+_random: Final = random.random
+_RATIO_BITS: Final = 1 << 64
 
 
 class Request(NamedTuple):

@@ -10,7 +10,7 @@ no description where error.type says it all.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from exporter.emit import semconv as c
 from exporter.events import ADDRESS, CANCELLED, DNS, HTTP, HTTPS, OK, SERVER, TLS, Event, Exchange
@@ -19,8 +19,9 @@ Value = str | bool | int | float | tuple[str, ...]
 Attributes = tuple[tuple[str, Value], ...]
 Pairs = list[tuple[str, Value]]
 
-INTERNAL, CLIENT = 1, 3  # SpanKind
-_DEFAULT_PORTS = {"http": 80, "https": 443}
+INTERNAL: Final = 1  # SpanKind
+CLIENT: Final = 3
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
 class Span(NamedTuple):

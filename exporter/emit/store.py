@@ -14,7 +14,7 @@ every reader takes for the reset that it is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from exporter.emit import semconv as c
 from exporter.emit.histograms import Histogram
@@ -22,24 +22,29 @@ from exporter.emit.resource import Resource, Resources
 from exporter.emit.series import CELL_IX, IX, Attributes, Gone, Layout, Number, Row, State, Value
 from exporter.events import Workload
 
-DNS_LIMIT = 200  # of LIMIT, what dns.question.name may take: each costs 17 series in Prometheus
-LIMIT = 2000  # series for each (workload, instrument): the SDKs' default cardinality limit
-TOTAL = 50_000  # series on a node, as Prometheus counts them
-ENDED_SECONDS = 300.0  # at least two scrapes after a workload's end
-IDLE_SECONDS = 900.0
-UNSENT_SECONDS = 3600.0  # for what a delta receiver has not taken yet: a receiver may be down for a while
-_SCALARS = 1000  # of the agent's own, for each instrument: their labels are constants of the code
-_CGROUPS = 16_384
-_MEMBERS = 100  # pods of one identity, in WORKLOAD_INFO
+DNS_LIMIT: Final = 200  # of LIMIT, what dns.question.name may take: each costs 17 series in Prometheus
+LIMIT: Final = 2000  # series for each (workload, instrument): the SDKs' default cardinality limit
+TOTAL: Final = 50_000  # series on a node, as Prometheus counts them
+ENDED_SECONDS: Final = 300.0  # at least two scrapes after a workload's end
+IDLE_SECONDS: Final = 900.0
+UNSENT_SECONDS: Final = 3600.0  # for what a delta receiver has not taken yet: a receiver may be down for a while
+_SCALARS: Final = 1000  # of the agent's own, for each instrument: their labels are constants of the code
+_CGROUPS: Final = 16_384
+_MEMBERS: Final = 100  # pods of one identity, in WORKLOAD_INFO
 
-WORKLOAD, POD = "workload", "pod"
-TRACE_BASED, ALWAYS_ON, ALWAYS_OFF = "trace_based", "always_on", "always_off"
+WORKLOAD: Final = "workload"
+POD: Final = "pod"
+TRACE_BASED: Final = "trace_based"
+ALWAYS_ON: Final = "always_on"
+ALWAYS_OFF: Final = "always_off"
 
-_CONNECT, _DNS, _OPEN = IX[c.CONNECT_TIME], IX[c.DNS_TIME], IX[c.OPEN_CONNECTIONS]
-_WEIGHTS = tuple(len(m.bounds) + 3 if m.kind == c.HISTOGRAM else 1 for m in c.WORKLOAD_METRICS)
-_INFO_KEYS = frozenset(c.WORKLOAD_INFO.attributes)
+_CONNECT: Final = IX[c.CONNECT_TIME]
+_DNS: Final = IX[c.DNS_TIME]
+_OPEN: Final = IX[c.OPEN_CONNECTIONS]
+_WEIGHTS: Final = tuple(len(m.bounds) + 3 if m.kind == c.HISTOGRAM else 1 for m in c.WORKLOAD_METRICS)
+_INFO_KEYS: Final = frozenset(c.WORKLOAD_INFO.attributes)
 # What one pod has and its workload has not.
-_POD_KEYS = frozenset((c.K8S_POD_NAME, c.K8S_POD_UID, c.CONTAINER_ID))
+_POD_KEYS: Final = frozenset((c.K8S_POD_NAME, c.K8S_POD_UID, c.CONTAINER_ID))
 
 
 class Known:

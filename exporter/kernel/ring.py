@@ -8,7 +8,6 @@ Layout (kernel/bpf/ringbuf.c): one page with the consumer's position, one with t
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import struct
 
@@ -27,12 +26,12 @@ class Ring:
         # count as the process's memory at once; one record a lap put together is cheaper.
         self._producer = mmap.mmap(fd, page + size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
         # One store of 8 bytes: the kernel must never read half a position.
-        self._position = ctypes.c_uint64.from_buffer(self._consumer)
+        self._position = memoryview(self._consumer)[:8].cast("Q")
 
     def drain(self, limit: int = 100_000) -> list[bytes]:
         """What has come since, oldest first, at most `limit` records."""
         data, base, mask = self._producer, mmap.PAGESIZE, self._mask
-        position = self._position.value
+        position = self._position[0]
         records: list[bytes] = []
         append, unpack = records.append, _HEADER.unpack_from
         end = _U64.unpack_from(data, 0)[0]
@@ -53,15 +52,15 @@ class Ring:
                 position += (length + 15) & ~7
             if position > lap_end and length < _DISCARD:  # it goes on where the ring begins
                 records[-1] += data[base : base + length - len(records[-1])]
-        self._position.value = position
+        self._position[0] = position
         return records
 
     def fill(self) -> float:
         """Share of the ring that is unread, 0 to 1."""
         end: int = _U64.unpack_from(self._producer, 0)[0]
-        return (end - self._position.value) / self._size
+        return (end - self._position[0]) / self._size
 
     def close(self) -> None:
-        del self._position
+        self._position.release()
         self._consumer.close()
         self._producer.close()

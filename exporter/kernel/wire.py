@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes as c
 import struct
+from typing import Final
 
 LAYOUT_VERSION = 4
 STRIPES = 4
@@ -42,8 +43,8 @@ MAP_IDS = (
     "tls_http2",
 )  # enum map_id, from 1
 
-ROLES = ("unknown", "client", "server")
-SCOPES = ("internet", "loopback", "private", "link_local")
+ROLES: Final = ("unknown", "client", "server")
+SCOPES: Final = ("internet", "loopback", "private", "link_local")
 FLOW_PEER, FLOW_INBOUND, FLOW_EXCLUDED, FLOW_OTHER = range(4)
 
 # enum tally -> (stage, cause) of a loss, the kind of what `exclude` hid, or what was made
@@ -63,30 +64,35 @@ TALLIES = (
     ("made", "flows"),
 )
 
-(
-    RECORD_OPENED,
-    RECORD_FAILED,
-    RECORD_CLOSED,
-    RECORD_DNS_QUERY,
-    RECORD_DNS_ANSWER,
-    RECORD_HELLO,
-    RECORD_HEAD,
-    RECORD_TLS_WRITE,
-    RECORD_RESPONSE,
-    RECORD_RECEIVED,
-    RECORD_TLS_CLOSED,
-    RECORD_SERVER_HELLO,
-    RECORD_HANDSHAKE_END,
-    RECORD_QUIC_INITIAL,
-    RECORD_FRAMES_OUT,
-    RECORD_FRAMES_IN,
-) = range(1, 17)
+RECORD_OPENED: Final = 1
+RECORD_FAILED: Final = 2
+RECORD_CLOSED: Final = 3
+RECORD_DNS_QUERY: Final = 4
+RECORD_DNS_ANSWER: Final = 5
+RECORD_HELLO: Final = 6
+RECORD_HEAD: Final = 7
+RECORD_TLS_WRITE: Final = 8
+RECORD_RESPONSE: Final = 9
+RECORD_RECEIVED: Final = 10
+RECORD_TLS_CLOSED: Final = 11
+RECORD_SERVER_HELLO: Final = 12
+RECORD_HANDSHAKE_END: Final = 13
+RECORD_QUIC_INITIAL: Final = 14
+RECORD_FRAMES_OUT: Final = 15
+RECORD_FRAMES_IN: Final = 16
 
-OUTCOMES = ("", "ok", "refused", "timed_out", "cancelled", "unreachable", "denied", "reset")
+OUTCOMES: Final = ("", "ok", "refused", "timed_out", "cancelled", "unreachable", "denied", "reset")
 
-RECORD_TRUNCATED, RECORD_PROXIED, RECORD_HEAD_END, RECORD_LAST_CHUNK, RECORD_ABANDONED = 1, 2, 4, 8, 16
-RECORD_CUT, KEY_SHARE_KEPT = 32, 128
-RECORD_BROKEN, RECORD_REDIRECTED, RECORD_EXCLUDED = 16, 64, 128
+RECORD_TRUNCATED: Final = 1
+RECORD_PROXIED: Final = 2
+RECORD_HEAD_END: Final = 4
+RECORD_LAST_CHUNK: Final = 8
+RECORD_ABANDONED: Final = 16
+RECORD_CUT: Final = 32
+KEY_SHARE_KEPT: Final = 128
+RECORD_BROKEN: Final = 16
+RECORD_REDIRECTED: Final = 64
+RECORD_EXCLUDED: Final = 128
 
 Address = c.c_uint8 * 16
 
@@ -202,7 +208,7 @@ STRUCTS: dict[str, type[c.Structure]] = {
 }
 
 # For the hot path: one call for all fields, in the order of struct record.
-RECORD = struct.Struct("<QQQQ16s16s16sIHHBBBBBBHQQQIIII")
+RECORD: Final = struct.Struct("<QQQQ16s16s16sIHHBBBBBBHQQQIIII")
 FLOW_KEY = struct.Struct("<QQ16sHBBBBBB")
 FLOW_ROW = struct.Struct("<IIQ")
 EXECUTION = struct.Struct("<QII")
