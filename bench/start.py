@@ -50,6 +50,8 @@ def rows(quick: bool) -> Iterator[Row]:
                 shutil.copytree(
                     REPOSITORY / "exporter", unbuilt / "exporter", ignore=shutil.ignore_patterns("programs-*.json")
                 )
+                for compiled_modules in REPOSITORY.glob("*.so"):  # mypyc has them all in one file beside the package
+                    shutil.copy2(compiled_modules, unbuilt)
                 agent = Agent(cgroup, pins, environment={"EBFW_CACHE_PATH": f"{folder}/cache"}, folder=unbuilt)
                 for samples in (compiled, again):
                     agent.start()
