@@ -76,7 +76,7 @@ def build_id() -> bytes:
 def programs(cache: Path | None = None) -> dict[str, bytes]:
     """Instructions by entry function: those that the wheel brought, or those that an earlier start kept in the folder
     `cache`, or compiled now and kept there. A node needs no compiler's seconds and memory."""
-    code = _read(_brought())
+    code = _read(_wheel_file())
     if code is not None:
         return code
     if cache is None:
@@ -95,7 +95,7 @@ def fill(cache: Path) -> str:
     """Have the instructions in `cache`, where no wheel brought them; the file that has them. Raises KernelError where
     it cannot be written or did not compile."""
     if brought():
-        return str(_brought())
+        return str(_wheel_file())
     _, problem = _have(cache)
     if problem:
         raise KernelError(f"the compiled programs cannot be kept in {cache}: {problem}")
@@ -104,10 +104,10 @@ def fill(cache: Path) -> str:
 
 def brought() -> bool:
     """Whether the wheel brought the instructions."""
-    return _read(_brought()) is not None
+    return _read(_wheel_file()) is not None
 
 
-def _brought() -> Path:
+def _wheel_file() -> Path:
     """Where a wheel has them: of these very sources, whatever compiler is or is not here."""
     return source_folder() / f"programs-{_recipe('')}.json"
 
@@ -181,9 +181,9 @@ _begun: list[subprocess.Popen[str]] = []
 def ahead(cache: Path | None, pin_path: Path) -> None:
     """Begin to compile, where the next `programs(cache)` will have to: the agent's imports take a while, too.
     `pin_path`: what is pinned there need not be compiled, as a rule."""
-    had = (pin_path / "map_stamp", _brought(), *([_file(cache)] if cache else []))
-    if not any(file.exists() for file in had):
-        _begun.extend(_begin())
+    if (pin_path / "map_stamp").exists() or _wheel_file().exists() or (cache is not None and _file(cache).exists()):
+        return
+    _begun.extend(_begin())
 
 
 def abandon() -> None:
@@ -252,7 +252,7 @@ def _compile_here(part: int) -> dict[str, str]:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["wheel"]:
-        _keep(_brought(), compile_programs())
+        _keep(_wheel_file(), compile_programs())
         sys.exit()
     # PR_SET_PDEATHSIG: an agent that ends or is killed meanwhile leaves nobody at work behind.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -106,11 +106,11 @@ def test_filled_for_later_starts(tmp_path: Path, compiled: list[int], capsys: py
 def test_brought_by_the_wheel(compiled: list[int], wheel: Path, tmp_path: Path) -> None:
     """No compiler, no cache; as soon as a source is another, both."""
     assert not build.brought()
-    build._keep(build._brought(), CODE)
+    build._keep(build._wheel_file(), CODE)
     assert build.brought()
     assert build.programs() == build.programs(tmp_path / "c") == CODE
     build.ahead(None, tmp_path)
-    assert build.fill(tmp_path / "c") == str(build._brought())
+    assert build.fill(tmp_path / "c") == str(build._wheel_file())
     assert (compiled, build._begun, (tmp_path / "c").exists()) == ([], [], False)
     with (wheel / "tls.h").open("a") as source:
         source.write("// changed")
