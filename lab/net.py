@@ -264,8 +264,11 @@ def sweep() -> list[str]:
     for path in leftovers(_NETNS):
         Namespace(path.name).delete()
         removed.append(str(path))
-    for directory in (Path(tempfile.gettempdir()), _BPFFS):
+    # What is under /run was mounted for the pins of a bench.
+    for directory in (Path(tempfile.gettempdir()), _BPFFS, Path("/run")):
         for path in leftovers(directory):
+            if os.path.ismount(path):
+                subprocess.run(["umount", str(path)], check=False, capture_output=True)
             shutil.rmtree(path, ignore_errors=True)
             removed.append(str(path))
     return removed
