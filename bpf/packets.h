@@ -70,15 +70,117 @@ INLINE int connected_peer(struct bpf_sock *sk, struct socket *s)
 	return 1;
 }
 
-/* A socket that no hook of ours has seen before: older than the agent, or a UDP server's. Its process is unknown. */
+INLINE void inbound_key(u64 cgroup, u16 port, struct flow_key *key)
+{
+	key->cgroup = cgroup;
+	key->port = port;
+	key->transport = PROTO_TCP;
+	key->role = ROLE_SERVER;
+	key->kind = FLOW_INBOUND;
+}
+
+/* Its counters; 0 = it has no row, or a slot that is no longer its own. */
+INLINE struct traffic *find_inbound(u64 cgroup, u16 port, struct inbound *cached)
+{
+	struct flow_key key = {};
+	struct flow_row *row;
+	struct traffic *t;
+	u32 version;
+
+	inbound_key(cgroup, port, &key);
+	row = bpf_map_lookup_elem(MAP(FLOWS), &key);
+	t = row ? stripe(row->slot, row->generation, stride()) : 0;
+	if (!t)
+		return 0;
+	version = cached->version;
+	if (version & 1) /* whom this program interrupted is writing */
+		return t;
+	cached->version = version + 1;
+	RELOAD();
+	cached->cgroup = cgroup;
+	cached->port = port;
+	cached->slot = row->slot;
+	cached->generation = row->generation;
+	RELOAD();
+	cached->version = version + 2;
+	return t;
+}
+
+/*
+ * Accepted connections keep no storage: to make it and free it again costs what finding the row costs for many
+ * packets, and a busy server's would be most of a node's. Workload and local port say which row; it is there since the
+ * listener's first packet. What connect() or adopt() gave storage never comes here. Returns 0 where there is no row.
+ *
+ * A look into the table is saved by what this CPU found last. A program on the same CPU can interrupt this one and
+ * write there, hence the version: odd while it is written, another one afterwards.
+ */
+INLINE int count_accepted(struct __sk_buff *skb, struct bpf_sock *sk, int out)
+{
+	struct inbound *cached;
+	struct traffic *t = 0;
+	u32 index, version;
+	u64 cgroup;
+	u16 port;
+
+	sk = bpf_sk_fullsock(sk);
+	if (!sk || sk->protocol != PROTO_TCP || sk->type == SOCKET_RAW || sk->state == STATE_LISTEN)
+		return 0;
+	cgroup = bpf_skb_cgroup_id(skb);
+	port = sk->src_port;
+	index = (cgroup ^ port) & (INBOUND_CACHE - 1);
+	cached = bpf_map_lookup_elem(MAP(INBOUND), &index);
+	if (!cached)
+		return 0;
+	version = cached->version;
+	RELOAD();
+	if (!(version & 1) && cached->cgroup == cgroup && cached->port == port) {
+		t = stripe(cached->slot, cached->generation, stride());
+		RELOAD();
+		if (cached->version != version)
+			t = 0;
+	}
+	if (!t)
+		t = find_inbound(cgroup, port, cached);
+	if (!t)
+		return 0;
+	count_packet(skb, t, out);
+	return 1;
+}
+
+/* The same for an accepted connection whose row is not there: its listener is older than the agent and idle, or gone. */
+INLINE int make_accepted_row(struct __sk_buff *skb, struct bpf_sock *sk, int out)
+{
+	struct flow_key key = {};
+	struct flow_row row = {};
+	struct traffic *t;
+
+	inbound_key(bpf_skb_cgroup_id(skb), sk->src_port, &key);
+	if (take_slot(MAP(FREE_SLOTS), &key, &row))
+		return 0;
+	t = stripe(row.slot, row.generation, stride());
+	if (t)
+		count_packet(skb, t, out);
+	return 1;
+}
+
+/*
+ * A socket that no hook of ours has seen before: older than the agent, or a UDP server's. Its process is unknown.
+ * 0 = it is not ours, or keeps no storage, and the packet was counted.
+ */
 INLINE struct socket *adopt(struct __sk_buff *skb, struct bpf_sock *sk, const struct packet *p, int out)
 {
 	u32 state = sk->state;
+	int accepted = 0, connected;
 	struct socket *s;
-	int connected;
 
-	if (p->transport == PROTO_TCP && sk->type == SOCKET_RAW) /* the kernel's own, for a RST without a socket */
-		return 0;
+	if (p->transport == PROTO_TCP) {
+		if (sk->type == SOCKET_RAW) /* the kernel's own, for a RST without a socket */
+			return 0;
+		accepted = state != STATE_LISTEN && state != STATE_CLOSE && state != STATE_SYN_SENT &&
+			   has_listener(skb, sk, p, out);
+		if (accepted && make_accepted_row(skb, sk, out))
+			return 0;
+	}
 	s = new_socket(sk);
 	if (!s)
 		return 0;
@@ -94,11 +196,9 @@ INLINE struct socket *adopt(struct __sk_buff *skb, struct bpf_sock *sk, const st
 	s->role = out || connected ? ROLE_CLIENT : ROLE_SERVER;
 	if (p->transport == PROTO_TCP) {
 		/* Handshake packets run on the listening socket: its slot is the one of all that it will accept. */
-		if (state == STATE_LISTEN ||
-		    (state != STATE_CLOSE && state != STATE_SYN_SENT && has_listener(skb, sk, p, out)))
-			s->role = ROLE_SERVER;
-		else
-			s->role = ROLE_CLIENT;
+		if (state == STATE_LISTEN)
+			s->flags |= S_LISTENER;
+		s->role = state == STATE_LISTEN || accepted ? ROLE_SERVER : ROLE_CLIENT;
 		s->stage = s->role == ROLE_CLIENT ? STAGE_FIRST : STAGE_DONE;
 	} else if (s->role == ROLE_CLIENT) {
 		if (!connected)
@@ -609,6 +709,8 @@ INLINE int packet_out(struct __sk_buff *skb)
 			return 1;
 		}
 	}
+	if (!s && count_accepted(skb, sk, OUT))
+		return 1;
 	return packet_out_slow(skb, sk, s);
 }
 
@@ -753,6 +855,8 @@ INLINE int packet_in_slow(struct __sk_buff *skb, struct bpf_sock *sk, struct soc
 	if (t)
 		count_packet(skb, t, IN);
 	ADD(s->rx_bytes, skb->len);
+	if (s->flags & S_LISTENER)
+		may_accept(s);
 	if (s->flags & S_HTTP2)
 		tail_call(skb, MAP(FRAMES_IN), 0);
 	return 1;
@@ -773,6 +877,8 @@ INLINE int packet_in(struct __sk_buff *skb)
 		if (t) {
 			count_packet(skb, t, IN);
 			ADD(s->rx_bytes, skb->len);
+			if (s->flags & S_LISTENER)
+				may_accept(s);
 			return 1;
 		}
 	}
@@ -785,6 +891,8 @@ INLINE int packet_in(struct __sk_buff *skb)
 			return 1;
 		}
 	}
+	if (!s && count_accepted(skb, sk, IN))
+		return 1;
 	return packet_in_slow(skb, sk, s);
 }
 

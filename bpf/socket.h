@@ -26,6 +26,7 @@
 #define S_INSPECTED 8192 /* socket.inspected is set */
 #define S_HTTP 16384     /* an HTTP/1 request left: responses are looked for */
 #define S_REDIRECTED 65536 /* packets for this peer leave for the loopback device */
+#define S_LISTENER 131072 /* TCP, listening: what it accepts keeps no storage */
 #define S_DESCRIBED 4096 /* scope and exclusion are decided for this peer */
 
 /* socket.stage: what the next payload that leaves is looked at for */

@@ -91,17 +91,45 @@ INLINE void opened(struct bpf_sock_ops *ctx, struct socket *s)
 	tell_end(s, RECORD_OPENED, OUTCOME_OK, s->began_ns, s->opened_ns, ctx->srtt_us >> 3);
 }
 
+/* A packet has come in for a listening socket: it may complete a handshake. */
+INLINE void may_accept(const struct socket *listener)
+{
+	u32 zero = 0;
+	struct accepting *a = bpf_map_lookup_elem(MAP(ACCEPTING), &zero);
+
+	if (!a)
+		return;
+	a->slot = listener->slot;
+	a->port = listener->local_port;
+}
+
+/*
+ * A handshake is done. This callback knows no workload, but the packet that completed the handshake does: it ran
+ * through ingress, on the listening socket, right before, on this CPU, with bottom halves off in between. Where ingress
+ * does not know the socket as listening (it has no storage, or was a client once) the connection gets storage, and is
+ * counted as opened with its first packet from here on; one may have been here before us.
+ */
 INLINE void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
-	struct socket *s = new_socket(sk);
+	u32 zero = 0;
+	struct accepting *a = bpf_map_lookup_elem(MAP(ACCEPTING), &zero);
+	struct connections *c;
+	struct socket *s;
 
+	if (a && a->port && a->port == ctx->local_port) {
+		a->port = 0;
+		c = bpf_map_lookup_elem(MAP(CONNECTIONS), &a->slot);
+		if (c)
+			ADD(c->opened, 1);
+		return;
+	}
+	s = new_socket(sk);
 	if (!s)
 		return;
 	s->role = ROLE_SERVER;
 	s->transport = PROTO_TCP;
 	s->local_port = ctx->local_port;
 	s->stage = STAGE_DONE;
-	/* Counted as opened with its first packet from here on, which knows the cgroup; one may have been here before us. */
 	s->flags = S_OPEN | S_DESCRIBED;
 	s->stride = 0;
 }

@@ -10,7 +10,7 @@
 #define EBFW_WIRE_H
 
 /* Raise it when a pinned map changes its key, value or meaning: an agent that finds another number starts anew. */
-#define LAYOUT_VERSION 4
+#define LAYOUT_VERSION 5
 
 /* Maps are named by these numbers in the compiled instructions; the loader replaces each with a file descriptor. */
 enum map_id {
@@ -39,6 +39,8 @@ enum map_id {
 	MAP_FRAMES_IN,
 	MAP_FRAMES_TLS,
 	MAP_TLS_HTTP2,
+	MAP_ACCEPTING,
+	MAP_INBOUND,
 };
 
 enum role { ROLE_UNKNOWN, ROLE_CLIENT, ROLE_SERVER };
@@ -271,6 +273,22 @@ struct socket {
 	__u8 upgraded; /* HTTP is over on this connection (101) */
 	__u8 bare; /* length of a packet without payload, once the first with one has left: whatever is no longer has none */
 	__u8 first_byte; /* of the segment that is looked at */
+};
+
+/* Which listening socket's packet this CPU is at: see accepted() in tcp.h. */
+struct accepting {
+	__u32 slot;
+	__u32 port; /* 0 = none */
+};
+
+/* What a CPU found last of a FLOW_INBOUND row. */
+#define INBOUND_CACHE 64
+struct inbound {
+	__u64 cgroup;
+	__u32 port; /* 0 = none */
+	__u32 slot;
+	__u32 generation;
+	__u32 version; /* odd: being written */
 };
 
 /* How far an HTTP/1 response has come, by the connection's cookie: for one that does not come in one piece. */

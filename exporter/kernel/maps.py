@@ -40,7 +40,7 @@ def slots_of(flows: int) -> int:
 
 def specs(flows: int, ring_bytes: int) -> dict[str, MapSpec]:
     """Every map by name, in the order of enum map_id. About 29 MiB at 65,536 flows and a 4 MiB ring; only
-    `tallies` grows with the number of CPUs, by 64 bytes each."""
+    `tallies`, `accepting` and `inbound` grow with the number of CPUs, by 1.7 KB each."""
     size = ctypes.sizeof
     slots = slots_of(flows)
     table = (
@@ -69,6 +69,8 @@ def specs(flows: int, ring_bytes: int) -> dict[str, MapSpec]:
         MapSpec("frames_in", bpf.PROG_ARRAY, 4, 4, 1),
         MapSpec("frames_tls", bpf.PROG_ARRAY, 4, 4, 1),
         MapSpec("tls_http2", bpf.LRU_HASH, wire.TLS_KEY_SIZE, wire.HTTP2_SIZE, 4096),
+        MapSpec("accepting", bpf.PERCPU_ARRAY, 4, wire.ACCEPTING_SIZE, 1),
+        MapSpec("inbound", bpf.PERCPU_ARRAY, 4, wire.INBOUND_SIZE, wire.INBOUND_CACHE),
     )
     assert tuple(spec.name for spec in table) == wire.MAP_IDS
     own = (  # no program uses these: the agent's memory beyond its own life

@@ -10,7 +10,7 @@ import ctypes as c
 import struct
 from typing import Final
 
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 STRIPES = 4
 NAME_SIZE = 256
 NAME_FROM_SNI, NAME_FROM_HOST = 1, 2
@@ -41,6 +41,8 @@ MAP_IDS = (
     "frames_in",
     "frames_tls",
     "tls_http2",
+    "accepting",
+    "inbound",
 )  # enum map_id, from 1
 
 ROLES: Final = ("unknown", "client", "server")
@@ -222,3 +224,4 @@ TLS_KEY_SIZE, TLS_STREAM_SIZE, TLS_CALL_SIZE = 16, 48, 48
 INSPECTION_SIZE = 1244
 SCRATCH_SIZE = 1704
 HTTP2_SIZE = 128
+ACCEPTING_SIZE, INBOUND_SIZE, INBOUND_CACHE = 8, 24, 64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import ipaddress
 import os
 import socket
@@ -13,7 +15,7 @@ import pytest
 
 from exporter.decode import address
 from exporter.events import ADDRESS, CLOSE, CONNECT, HTTP, Counts
-from exporter.kernel import wire
+from exporter.kernel import bpf, wire
 from lab import Cgroup
 from lab.cgroup import cgroup2_root
 from lab.net import BLACKHOLE4, POD4, POD6, SERVERS4, SERVERS6, VIRTUAL4, VIRTUAL6
@@ -101,6 +103,116 @@ for i in range(A["n"]):
     assert list(watch.rows) == [server(port)]
     assert len(tap.kernel.flow_table) - slots == 1
     assert not watch.sightings
+
+
+# It keeps what it accepts, and echoes once on each when told to.
+KEEPING_SERVER = """
+listener = make(A["address"])
+if A["refused"]:
+    listener.settimeout(None)
+    assert listener.connect_ex((A["address"], 9)) == errno.ECONNREFUSED
+listener.bind((A["address"], 0))
+listener.listen(100)
+tell(port=listener.getsockname()[1])
+kept = [listener.accept()[0] for i in range(A["n"])]
+for _ in range(2):
+    pause(sockets=[listener.fileno(), *(s.fileno() for s in kept)])
+    for s in kept:
+        s.sendall(exactly(s, 50))
+"""
+
+KEEPING_CLIENT = """
+kept = [dial(A["peer"], A["port"]) for i in range(A["n"])]
+for _ in range(2):
+    pause(ready=True)
+    for s in kept:
+        s.sendall(bytes(50))
+        exactly(s, 50)
+pause(done=True)
+"""
+
+_PIDFD_GETFD = 438
+
+
+def has_storage(kernel, pid: int, descriptor: int) -> bool:
+    pidfd = os.pidfd_open(pid)
+    ours = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, descriptor, 0)
+    os.close(pidfd)
+    assert ours >= 0, os.strerror(ctypes.get_errno())
+    try:
+        return bpf.map_lookup(kernel.maps["sockets"], struct.pack("<i", ours), wire.SOCKET_SIZE) is not None
+    finally:
+        os.close(ours)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("refused", [False, True], ids=["server", "client-before"])
+def test_accepted_connections(refused, late, start, lab, capture, tmp_path):
+    """They keep no storage, their listening socket does; each counts as opened once, and their packets in one row, also
+    when that was freed in between. A listening socket that was a client once is known as such: its connections have
+    storage, and count alike."""
+    with attach(late.path, tmp_path / "pins") as tap:
+        watch = Watch(tap, {late.id})
+        here = start(KEEPING_SERVER, cgroup=late, address=POD4, refused=refused, n=N)
+        port = here.wait_for("port")
+        with capture(f"tcp port {port}") as dump:
+            there = start(KEEPING_CLIENT, cgroup=None, netns=lab.world, peer=POD4, port=port, n=N)
+            there.wait_for("ready")
+            listener, *accepted = here.wait_for("sockets")
+            assert has_storage(tap.kernel, here.pid, listener)
+            assert [has_storage(tap.kernel, here.pid, s) for s in accepted] == [refused] * N
+            for process in (here, there):
+                process.go()
+            for process, key in ((there, "ready"), (here, "sockets")):
+                process.wait_for(key)
+            first = watch.settle().total
+            assert tap.kernel.flow_table.free_idle(time.monotonic() + 1000, 900)
+            assert watch.settle().total == first
+            for process in (here, there):
+                process.go()
+            there.wait_for("done")
+            watch.settle()
+        assert watch.row(server(port)).opened == watch.total.opened == N
+        if not refused:
+            assert Packets(*watch.total[:4]) == dump.packets(*OURS)
+        assert not watch.tallies()
+
+
+@pytest.mark.core
+def test_one_port_of_two_workloads(tap, parent, start, run, lab):
+    """As every pod has its 8080, here by turns on one CPU: a handshake's end is counted where its packet was."""
+    with contextlib.ExitStack() as cleanup:
+        cgroups = [parent.child(name) for name in ("one", "other")]
+        for made in cgroups:
+            cleanup.callback(made.remove)
+        watches = [Watch(tap, {made.id}) for made in cgroups]
+        one = start(TCP_SERVER, cgroup=cgroups[0], address=POD4, n=2 * N)
+        cleanup.callback(one.end)
+        port = one.wait_for("port")
+        other = start(TCP_SERVER, cgroup=cgroups[1], address=POD6, port=port, n=3 * N)
+        cleanup.callback(other.end)
+        other.wait_for("port")
+        run(
+            """
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+for i in range(A["n"]):
+    for s in [dial(peer, A["port"]) for peer in A["peers"]]:
+        s.sendall(bytes(50))
+        finish(s)
+""",
+            cgroup=None,
+            netns=lab.world,
+            peers=[POD6, POD4, POD6, POD4, POD6],
+            port=port,
+            n=N,
+        )
+        one.finish()
+        other.finish()
+        for watch, accepted in zip(watches, (2 * N, 3 * N), strict=True):
+            watch.until(lambda w, n=accepted: w.row(server(port)).opened >= n)
+            assert list(watch.rows) == [server(port)]
+            assert watch.total.opened == accepted
+            assert not watch.tallies()
 
 
 @pytest.mark.core

@@ -17,7 +17,19 @@ HEADER = (BPF / "wire.h").read_text()
 CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.S)
 
 # Python knows these by their bytes or their size only.
-UNMIRRORED = {"name", "socket", "inspection", "tls_key", "tls_stream", "tls_call", "frames", "http2", "walk"}
+UNMIRRORED = {
+    "accepting",
+    "inbound",
+    "name",
+    "socket",
+    "inspection",
+    "tls_key",
+    "tls_stream",
+    "tls_call",
+    "frames",
+    "http2",
+    "walk",
+}
 
 TALLY_NAMES = {
     ("ring", "full"): "LOST_RING_FULL",
@@ -76,6 +88,9 @@ def claims() -> list[str]:
         f"sizeof(struct tls_call) == {wire.TLS_CALL_SIZE}",
         f"sizeof(union scratch) == {wire.SCRATCH_SIZE}",
         f"sizeof(struct http2) == {wire.HTTP2_SIZE}",
+        f"sizeof(struct accepting) == {wire.ACCEPTING_SIZE}",
+        f"sizeof(struct inbound) == {wire.INBOUND_SIZE}",
+        f"INBOUND_CACHE == {wire.INBOUND_CACHE}",
         f"sizeof(struct name) == {wire.NAME_SIZE}",
         f"sizeof(struct record) == {wire.RECORD.size}",
         f"sizeof(struct flow_key) == {wire.FLOW_KEY.size}",
