@@ -106,16 +106,20 @@ INLINE struct traffic *find_inbound(u64 cgroup, u16 port, struct inbound *cached
 	return t;
 }
 
+#define LONG_LIVED 32
+
 /*
- * Accepted connections keep no storage: to make it and free it again costs what finding the row costs for many
- * packets, and a busy server's would be most of a node's. Workload and local port say which row; it is there since the
- * listener's first packet. What connect() or adopt() gave storage never comes here. Returns 0 where there is no row.
+ * Accepted connections keep no storage until LONG_LIVED packets have come: to make and free it is most of what a short
+ * one would pay, and where thousands are idle it would be most of a node's. Workload and local port say which row; it
+ * is there since the listener's first packet. What connect() or adopt() gave storage never comes here. Returns 0 where
+ * there is no row.
  *
  * A look into the table is saved by what this CPU found last. A program on the same CPU can interrupt this one and
  * write there, hence the version: odd while it is written, another one afterwards.
  */
 INLINE int count_accepted(struct __sk_buff *skb, struct bpf_sock *sk, int out)
 {
+	struct bpf_tcp_sock *tcp;
 	struct inbound *cached;
 	struct traffic *t = 0;
 	u32 index, version;
@@ -144,6 +148,9 @@ INLINE int count_accepted(struct __sk_buff *skb, struct bpf_sock *sk, int out)
 	if (!t)
 		return 0;
 	count_packet(skb, t, out);
+	tcp = bpf_tcp_sock(sk);
+	if (tcp && tcp->segs_in >= LONG_LIVED)
+		new_accepted(sk, port);
 	return 1;
 }
 

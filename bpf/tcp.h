@@ -91,6 +91,22 @@ INLINE void opened(struct bpf_sock_ops *ctx, struct socket *s)
 	tell_end(s, RECORD_OPENED, OUTCOME_OK, s->began_ns, s->opened_ns, ctx->srtt_us >> 3);
 }
 
+/* Storage for an accepted connection; its first packet from here on finds the slot. */
+INLINE struct socket *new_accepted(struct bpf_sock *sk, u16 port)
+{
+	struct socket *s = new_socket(sk);
+
+	if (!s)
+		return 0;
+	s->role = ROLE_SERVER;
+	s->transport = PROTO_TCP;
+	s->local_port = port;
+	s->stage = STAGE_DONE;
+	s->flags = S_DESCRIBED;
+	s->stride = 0;
+	return s;
+}
+
 /* A packet has come in for a listening socket: it may complete a handshake. */
 INLINE void may_accept(const struct socket *listener)
 {
@@ -123,15 +139,9 @@ INLINE void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 			ADD(c->opened, 1);
 		return;
 	}
-	s = new_socket(sk);
-	if (!s)
-		return;
-	s->role = ROLE_SERVER;
-	s->transport = PROTO_TCP;
-	s->local_port = ctx->local_port;
-	s->stage = STAGE_DONE;
-	s->flags = S_OPEN | S_DESCRIBED;
-	s->stride = 0;
+	s = new_accepted(sk, ctx->local_port);
+	if (s)
+		s->flags |= S_OPEN;
 }
 
 INLINE void connection_ended(struct bpf_sock_ops *ctx, struct socket *s)

@@ -115,17 +115,18 @@ listener.bind((A["address"], 0))
 listener.listen(100)
 tell(port=listener.getsockname()[1])
 kept = [listener.accept()[0] for i in range(A["n"])]
-for _ in range(2):
+for times in (1, 40):
     pause(sockets=[listener.fileno(), *(s.fileno() for s in kept)])
-    for s in kept:
+    for s in kept * times:
         s.sendall(exactly(s, 50))
+pause(done=True)
 """
 
 KEEPING_CLIENT = """
 kept = [dial(A["peer"], A["port"]) for i in range(A["n"])]
-for _ in range(2):
+for times in (1, 40):
     pause(ready=True)
-    for s in kept:
+    for s in kept * times:
         s.sendall(bytes(50))
         exactly(s, 50)
 pause(done=True)
@@ -148,9 +149,9 @@ def has_storage(kernel, pid: int, descriptor: int) -> bool:
 @pytest.mark.core
 @pytest.mark.parametrize("refused", [False, True], ids=["server", "client-before"])
 def test_accepted_connections(refused, late, start, lab, capture, tmp_path):
-    """They keep no storage, their listening socket does; each counts as opened once, and their packets in one row, also
-    when that was freed in between. A listening socket that was a client once is known as such: its connections have
-    storage, and count alike."""
+    """Until they have lived for a while they keep no storage, their listening socket does; each counts as opened once,
+    and their packets in one row, also when that was freed in between. A listening socket that was a client once is
+    known as such: its connections have storage at once, and count alike."""
     with attach(late.path, tmp_path / "pins") as tap:
         watch = Watch(tap, {late.id})
         here = start(KEEPING_SERVER, cgroup=late, address=POD4, refused=refused, n=N)
@@ -170,7 +171,9 @@ def test_accepted_connections(refused, late, start, lab, capture, tmp_path):
             assert watch.settle().total == first
             for process in (here, there):
                 process.go()
-            there.wait_for("done")
+            for process in (there, here):
+                process.wait_for("done")
+            assert all(has_storage(tap.kernel, here.pid, s) for s in accepted)
             watch.settle()
         assert watch.row(server(port)).opened == watch.total.opened == N
         if not refused:
