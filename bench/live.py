@@ -1,10 +1,11 @@
-"""What an application pays: user and system time of both ends, with and without an agent that runs.
+"""What an application pays: user and system time of both ends, watched by an agent and not.
 
-Both ends are C programs (lab/clients/loadgen.c) on one CPU, in the watched cgroup, over the loopback device of a
-namespace of their own but between documentation addresses, so that all of it is told, not excluded. The agent runs on
-another CPU: what it costs itself is another row. Short runs by turns, in the order off on on off; each run is divided
-by the one that is its counterpart in the other phase, so that a slow drift of the machine falls out. Requests inside
-TLS, where probes are hit, are in live_tls.py.
+Both ends are C programs (lab/clients/loadgen.c) on one CPU, over the loopback device of a namespace of their own but
+between documentation addresses, so that all of it is told, not excluded. The agent runs on another CPU: what it costs
+itself is another row. Each run in the watched cgroup is divided by its neighbour of the same second in a cgroup beside
+it, which has no program: on a machine that others use, too, agents that come and go between the two would put seconds
+between them, in which its speed changes by more than what is measured. Requests inside TLS, where probes are hit, are
+in live_tls.py.
 
 Those C programs do nothing else: no application pays so much. What one pays that parses, schedules and writes a log
 shows a client and server of Go's net/http, likewise on one CPU.
@@ -49,42 +50,43 @@ _LOADS = {
     "dns fresh": _Load("dns", 10_000, 53, ("-f",)),
     "bulk": _Load("bulk", 12_000),
 }
-_RUNS = 2  # of each load in each phase
-_GO_REQUESTS, _GO_PORT = 4_000, 8080
+_GO_REQUESTS, _GO_PORTS = 4_000, {True: 8080, False: 8081}
+_READ = 0.3  # seconds after which the agent has read what a run has left in the ring
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    with Lab() as lab, Cgroup("bench") as cgroup, pin_path() as pins, contextlib.ExitStack() as guard:
-        bench = _Live(lab, cgroup)
-        go = guard.enter_context(_Go(lab, cgroup))
-        go_rates: dict[bool, list[float]] = {False: [], True: []}
-        without: dict[str, list[_Result]] = {name: [] for name in _LOADS}
-        with_agent: dict[str, list[_Result]] = {name: [] for name in _LOADS}
-        rounds = 2 if quick else 12
-        agent = Agent(cgroup, pins, cpus()[1])
-        try:
-            running = False
-            for number in range(rounds):
-                # off on, on off, off on, ...: the agent is started every other round only
-                for on in (False, True) if number % 2 == 0 else (True, False):
-                    if on and not running:
-                        agent.start()
-                    elif running and not on:
-                        agent.stop()
-                    running = on
-                    for name, load in _LOADS.items():
-                        progress.step(f"round {number + 1} of {rounds}, {name} {'with' if on else 'without'}")
-                        (with_agent if on else without)[name] += [bench.run(load) for _ in range(_RUNS)]
-                    progress.step(f"round {number + 1} of {rounds}, Go {'with' if on else 'without'}")
-                    go_rates[on] += [go.rate() for _ in range(_RUNS)]
-        finally:
-            agent.stop()
+    with (
+        Lab() as lab,
+        Cgroup("bench") as watched,
+        Cgroup("unwatched") as unwatched,
+        pin_path() as pins,
+        contextlib.ExitStack() as guard,
+    ):
+        cgroups = {True: watched, False: unwatched}
+        agent = Agent(watched, pins, cpus()[1])
+        guard.callback(agent.stop)
+        agent.start()
+        benches = {on: _Live(lab, cgroup) for on, cgroup in cgroups.items()}
+        goes = {on: guard.enter_context(_Go(lab, cgroup, _GO_PORTS[on])) for on, cgroup in cgroups.items()}
+        go_rates: dict[bool, list[float]] = {True: [], False: []}
+        results: dict[bool, dict[str, list[_Result]]] = {on: {name: [] for name in _LOADS} for on in cgroups}
+        runs = 4 if quick else 24
+        for number in range(runs):
+            turns = (False, True) if number % 2 == 0 else (True, False)
+            for name, load in _LOADS.items():
+                progress.step(f"run {number + 1} of {runs}, {name}")
+                for on in turns:
+                    results[on][name].append(benches[on].run(load))
+                    time.sleep(_READ)
+            progress.step(f"run {number + 1} of {runs}, Go")
+            for on in turns:
+                go_rates[on].append(goes[on].rate())
+                time.sleep(_READ)
 
     def cpu(title: str, name: str, bound: float | None, note: str) -> Row:
-        ours, theirs = ([r.cpu * 1e6 for r in side[name]] for side in (with_agent, without))
-        return compared(f"application CPU, {title}", ours, theirs, "us/op", "without agent", bound, note)
+        ours, theirs = ([r.cpu * 1e6 for r in side[name]] for side in (results[True], results[False]))
+        return compared(f"application CPU, {title}", ours, theirs, "us/op", "not watched", bound, note)
 
-    runs = rounds * _RUNS
     yield cpu("ping-pong", "pingpong", 1.05, f"64 B there and back; {runs} runs each")
     yield cpu("connect + ClientHello + close", "hello", 1.2, "1.7 KB hello, name last")
     yield cpu("HTTP/1.1 request", "http", None, "one connection, 600 B of body")
@@ -99,10 +101,10 @@ def rows(quick: bool) -> Iterator[Row]:
     ):
         yield compared(
             f"request rate, {title}",
-            [r.rate for r in with_agent[name]],
-            [r.rate for r in without[name]],
+            [r.rate for r in results[True][name]],
+            [r.rate for r in results[False][name]],
             "1/s",
-            "without agent",
+            "not watched",
             note="both ends on one CPU",
         )
     rate = compared(
@@ -110,17 +112,17 @@ def rows(quick: bool) -> Iterator[Row]:
         go_rates[True],
         go_rates[False],
         "1/s",
-        "without agent",
+        "not watched",
         0.95,
         "client and server with an access log, on one CPU",
     )
     yield rate._replace(at_least=True)
     yield compared(
         "throughput, bulk",
-        [r.mbytes for r in with_agent["bulk"]],
-        [r.mbytes for r in without["bulk"]],
+        [r.mbytes for r in results[True]["bulk"]],
+        [r.mbytes for r in results[False]["bulk"]],
         "MB/s",
-        "without agent",
+        "not watched",
         note="both ends on one CPU",
     )
     yield from live_tls.rows(quick)
@@ -170,8 +172,8 @@ class _Live:
 class _Go:
     """A server of Go's net/http, and a client for each run, on one CPU; a context manager."""
 
-    def __init__(self, lab: Lab, cgroup: Cgroup) -> None:
-        self._lab, self._cgroup = lab, cgroup
+    def __init__(self, lab: Lab, cgroup: Cgroup, port: int) -> None:
+        self._lab, self._cgroup, self._port = lab, cgroup, port
         self._program = REPOSITORY / ".venv/tools/goclient"
         if not self._program.exists():
             raise LabError("the Go client is not built; run: scripts/tools goclient")
@@ -189,7 +191,7 @@ class _Go:
         )
 
     def __enter__(self) -> _Go:
-        self._server = self._start("-serve", f"{POD4}:{_GO_PORT}")
+        self._server = self._start("-serve", f"{POD4}:{self._port}")
         deadline = time.monotonic() + 10
         while self._request(1)[0]:
             if time.monotonic() > deadline:
@@ -205,7 +207,7 @@ class _Go:
     def _request(self, number: int) -> tuple[int, float]:
         """The client's exit status, and how many seconds it took."""
         began = time.monotonic()
-        client = self._start("-url", f"http://{POD4}:{_GO_PORT}/", "-n", str(number))
+        client = self._start("-url", f"http://{POD4}:{self._port}/", "-n", str(number))
         client.communicate(timeout=60)
         return client.returncode, time.monotonic() - began
 
