@@ -34,6 +34,7 @@ class _Load(NamedTuple):
     number: int
     port: int = 0
     options: tuple[str, ...] = ()
+    runs: int = 24  # watched, and as many not
 
 
 class _Result(NamedTuple):
@@ -43,14 +44,14 @@ class _Result(NamedTuple):
 
 
 _LOADS = {
-    "pingpong": _Load("pingpong", 20_000),
-    "hello": _Load("hello", 4_000),
+    "pingpong": _Load("pingpong", 10_000, runs=72),
+    "hello": _Load("hello", 2_000, runs=72),
     "http": _Load("http", 20_000),
-    "dns": _Load("dns", 16_000, 53),
+    "dns": _Load("dns", 8_000, 53, runs=72),
     "dns fresh": _Load("dns", 10_000, 53, ("-f",)),
     "bulk": _Load("bulk", 12_000),
 }
-_GO_REQUESTS, _GO_PORTS = 4_000, {True: 8080, False: 8081}
+_GO_REQUESTS, _GO_RUNS, _GO_PORTS = 2_000, 72, {True: 8080, False: 8081}
 _READ = 0.3  # seconds after which the agent has read what a run has left in the ring
 
 
@@ -70,24 +71,29 @@ def rows(quick: bool) -> Iterator[Row]:
         goes = {on: guard.enter_context(_Go(lab, cgroup, _GO_PORTS[on])) for on, cgroup in cgroups.items()}
         go_rates: dict[bool, list[float]] = {True: [], False: []}
         results: dict[bool, dict[str, list[_Result]]] = {on: {name: [] for name in _LOADS} for on in cgroups}
-        runs = 4 if quick else 24
-        for number in range(runs):
-            turns = (False, True) if number % 2 == 0 else (True, False)
-            for name, load in _LOADS.items():
-                progress.step(f"run {number + 1} of {runs}, {name}")
-                for on in turns:
+
+        def turns(number: int) -> tuple[bool, bool]:
+            return (False, True) if number % 2 == 0 else (True, False)
+
+        for name, load in _LOADS.items():
+            for number in range(4 if quick else load.runs):
+                progress.step(f"{name}, run {number + 1} of {load.runs}")
+                for on in turns(number):
                     results[on][name].append(benches[on].run(load))
-                    time.sleep(_READ)
-            progress.step(f"run {number + 1} of {runs}, Go")
-            for on in turns:
+                    if on:
+                        time.sleep(_READ)
+        for number in range(4 if quick else _GO_RUNS):
+            progress.step(f"Go, run {number + 1} of {_GO_RUNS}")
+            for on in turns(number):
                 go_rates[on].append(goes[on].rate())
-                time.sleep(_READ)
+                if on:
+                    time.sleep(_READ)
 
     def cpu(title: str, name: str, bound: float | None, note: str) -> Row:
         ours, theirs = ([r.cpu * 1e6 for r in side[name]] for side in (results[True], results[False]))
         return compared(f"application CPU, {title}", ours, theirs, "us/op", "not watched", bound, note)
 
-    yield cpu("ping-pong", "pingpong", 1.05, f"64 B there and back; {runs} runs each")
+    yield cpu("ping-pong", "pingpong", 1.05, "64 B there and back")
     yield cpu("connect + ClientHello + close", "hello", 1.2, "1.7 KB hello, name last")
     yield cpu("HTTP/1.1 request", "http", None, "one connection, 600 B of body")
     yield cpu("DNS query and answer", "dns", 1.10, "one unconnected socket")

@@ -83,24 +83,29 @@ INLINE void inbound_key(u64 cgroup, u16 port, struct flow_key *key)
 INLINE struct traffic *find_inbound(u64 cgroup, u16 port, struct inbound *cached)
 {
 	struct flow_key key = {};
-	struct flow_row *row;
+	struct flow_row *row, found;
 	struct traffic *t;
 	u32 version;
 
 	inbound_key(cgroup, port, &key);
 	row = bpf_map_lookup_elem(MAP(FLOWS), &key);
-	t = row ? stripe(row->slot, row->generation, stride()) : 0;
+	if (!row)
+		return 0;
+	found = *row;
+	t = stripe(found.slot, found.generation, stride());
 	if (!t)
 		return 0;
+	/* The memory of a row that is deleted is another's at once: what stays here must be found twice. */
+	row = bpf_map_lookup_elem(MAP(FLOWS), &key);
 	version = cached->version;
-	if (version & 1) /* whom this program interrupted is writing */
+	if (!row || row->slot != found.slot || version & 1) /* odd: whom this program interrupted is writing */
 		return t;
 	cached->version = version + 1;
 	RELOAD();
 	cached->cgroup = cgroup;
 	cached->port = port;
-	cached->slot = row->slot;
-	cached->generation = row->generation;
+	cached->slot = found.slot;
+	cached->generation = found.generation;
 	RELOAD();
 	cached->version = version + 2;
 	return t;

@@ -94,9 +94,9 @@ INLINE void opened(struct bpf_sock_ops *ctx, struct socket *s)
 /* Storage for an accepted connection; its first packet from here on finds the slot. */
 INLINE struct socket *new_accepted(struct bpf_sock *sk, u16 port)
 {
-	struct socket *s = new_socket(sk);
+	struct socket *s = bpf_sk_storage_get(MAP(SOCKETS), sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 
-	if (!s)
+	if (!s) /* no loss where the flow table can be asked */
 		return 0;
 	s->role = ROLE_SERVER;
 	s->transport = PROTO_TCP;
@@ -142,6 +142,8 @@ INLINE void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	s = new_accepted(sk, ctx->local_port);
 	if (s)
 		s->flags |= S_OPEN;
+	else
+		count_tally(LOST_SOCKET);
 }
 
 INLINE void connection_ended(struct bpf_sock_ops *ctx, struct socket *s)

@@ -200,6 +200,8 @@ class Pipeline:
         self.processes.meet(told)
         if not self.outs and self.inventory is None:
             return
+        if self.inventory is None and not self.console.active:
+            told = [event for event in told if self.otlp.wants(event)]
         told = redact_all(told, options)
         if self.inventory is not None:
             self.inventory.observe(told)

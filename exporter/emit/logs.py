@@ -116,6 +116,13 @@ class Notable:
         self._windows[key] = (self._clock() + WINDOW_SECONDS, 0, event, context)
         return Note(event, first, context=context)
 
+    def plain(self, request: Event) -> bool:
+        """Whether `of` has nothing to say of this request, as of most. Any thread may ask."""
+        if self._all or grave(request):
+            return False
+        who = request.workload.cgroup_id
+        return self._inventory or (who, request.domain or request.dst, request.port) in self._lately
+
     def due(self, everything: bool = False) -> list[Note]:
         """Notes for windows that ended with repeats. Call it about every second; `everything` at the end."""
         notes = []

@@ -124,6 +124,19 @@ class Otlp:
         for worker in self._workers:
             worker.start()
 
+    def wants(self, event: Event) -> bool:
+        """Whether `emit` makes anything of this event, asked before redaction: under the budget most requests of a busy
+        node become nothing, and the answer costs less than hiding their secrets would. Those that the budget refuses
+        are counted here. Nothing of the event is kept."""
+        exchange = event.exchange
+        if exchange is None or exchange.traceparent or event.cookie in self._setups or "@" in event.domain:
+            return True
+        if grave(event) or (self._logs is not None and not self._notable.plain(event)):
+            return True
+        if self._spans is None or event.role == SERVER or self._instrumented.traces(event.workload):
+            return False
+        return self._budget is None or not self._budget.refuses(event.workload.cgroup_id)
+
     def emit(self, event: Event) -> None:
         """Take one event, redacted. Never waits; about 1 us for an event that needs no record."""
         if event.filtered or event.role == SERVER:

@@ -2,8 +2,9 @@
 terminal.
 
 In: an `Event` and what the settings allow. Out: the same event where it holds nothing to hide, else a copy.
-The agent calls `redact_all` once, in front of all emitters; no emitter sees an event that did not pass here. Not
-its job: deciding which headers reach OTLP (an allow list there), or cardinality.
+The agent calls `redact_all` once, in front of all emitters; no emitter keeps anything of an event that did not pass
+here (OTLP is asked before whether it wants one at all). Not its job: deciding which headers reach OTLP (an allow list
+there), or cardinality.
 
 What goes (telemetry.md D8): user info; every query value; path segments that look like secrets; the headers
 that carry credentials, always. What stays: query keys, words, slugs, numbers, UUIDs (they are ids, and routes

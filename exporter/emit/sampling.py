@@ -82,17 +82,37 @@ class Budget:
             share = group.get(cgroup_id)
             if share is None:
                 share = group[cgroup_id] = _Share()
-            share.came += 1
-            if len(share.items) < self._rate and self._count < _CANDIDATES:
-                share.items.append(item)
-                self._count += 1
-                return chosen
+            if share.drawn:
+                place = share.drawn.pop()
+            else:
+                share.came += 1
+                if len(share.items) < self._rate and self._count < _CANDIDATES:
+                    share.items.append(item)
+                    self._count += 1
+                    return chosen
+                place = int(_random() * share.came)
             self._dropped += item.weight
-            place = int(_random() * share.came)
             if place < len(share.items):
                 self._dropped += share.items[place].weight - item.weight
                 share.items[place] = item
             return chosen
+
+    def refuses(self, cgroup_id: int) -> bool:
+        """Draw for a request that is not grave, before anything is made of it. One that is refused is counted; another
+        takes the place that it drew with the next `offer` for this workload."""
+        with self._lock:
+            share = self._others.get(cgroup_id)
+            if share is None or int(self._clock()) != self._second:
+                return False
+            if len(share.items) < self._rate and self._count < _CANDIDATES:
+                return False
+            share.came += 1
+            place = int(_random() * share.came)
+            if place < len(share.items):
+                share.drawn.append(place)
+                return False
+            self._dropped += 1
+            return True
 
     def take(self, everything: bool = False) -> list[Request | Setup]:
         """What was chosen of a second that is over; `everything` ends the running one too."""
@@ -119,10 +139,11 @@ class Budget:
 
 
 class _Share:
-    __slots__ = ("came", "items")
+    __slots__ = ("came", "drawn", "items")
 
     def __init__(self) -> None:
         self.came = 0
+        self.drawn: list[int] = []  # places of candidates that are still to be offered
         self.items: list[Request | Setup] = []
 
 

@@ -402,17 +402,45 @@ OFF = {"OTEL_LOGS_EXPORTER": "none", "OTEL_METRICS_EXPORTER": "none"}
         ({"OTEL_SDK_DISABLED": "true"}, 0),
     ],
 )
-def test_d10_a_sampler_that_is_set_is_obeyed(receiver: Receiver, environ: dict[str, str], spans: int) -> None:
+@pytest.mark.parametrize("asked", [False, True])
+def test_d10_a_sampler_that_is_set_is_obeyed(
+    receiver: Receiver, environ: dict[str, str], spans: int, asked: bool
+) -> None:
     rig = Rig(receiver.http, "http/protobuf", environ | OFF, spans_per_second=5)
     rig.otlp.start()
     while time.time() % 1 > 0.8:
         time.sleep(0.05)  # all 400 in one second
     for _ in range(400):
-        rig.otlp.emit(REQUEST)
+        if not asked or rig.otlp.wants(REQUEST):
+            rig.otlp.emit(REQUEST)
     rig.otlp.shutdown()
     assert len(list(receiver.spans())) == pytest.approx(spans, abs=5 if not environ else 0)
     if not environ:
         assert rig.lost("budget") == 400 - len(list(receiver.spans()))
+
+
+def test_d10_what_is_wanted_before_it_is_redacted(receiver: Receiver) -> None:
+    """All but a plain request of a workload that has used its share."""
+    rig = Rig(receiver.http, "http/protobuf", spans_per_second=1)
+    every = Rig(receiver.http, "http/protobuf", spans_per_second=1, logs="all")
+    while time.time() % 1 > 0.8:
+        time.sleep(0.05)  # all in one second
+    for one in (rig, every):
+        assert one.otlp.wants(REQUEST)
+        one.otlp.emit(REQUEST)  # a destination that is new
+    assert sum(map(rig.otlp.wants, [REQUEST] * 200)) < 30
+    assert all(map(every.otlp.wants, [REQUEST] * 200))
+    for wanted in (
+        EVENT,
+        LOOKUP,
+        HELLO,
+        outcome(status=500),
+        outcome(traceparent=PARENT),
+        REQUEST._replace(domain="other.example"),
+        REQUEST._replace(domain=f"user@{REQUEST.domain}"),
+        REQUEST._replace(workload=SSHD),
+    ):
+        assert all(map(rig.otlp.wants, [wanted] * 20))
 
 
 @pytest.mark.parametrize("environ", [{}, {"OTEL_TRACES_SAMPLER": "always_on"}, {"OTEL_TRACES_SAMPLER": "always_off"}])

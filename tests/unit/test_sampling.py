@@ -75,16 +75,35 @@ def test_d10_what_is_kept_first(event: Event, first: bool) -> None:
     assert grave(event) is first
 
 
-def test_d10_any_request_of_a_busy_workload_is_as_likely() -> None:
-    """Not the first hundred of each second."""
+@pytest.mark.parametrize("asked", [False, True])
+def test_d10_any_request_of_a_busy_workload_is_as_likely(asked: bool) -> None:
+    """Not the first hundred of each second; nor where the budget is asked for a batch before anything is offered."""
     random.seed(10)
     rig = Rig(100)
-    for n in range(2000):
-        rig.offer(REQUEST._replace(time=n))
+    for first in range(0, 2000, 250):
+        batch = [REQUEST._replace(time=n) for n in range(first, first + 250)]
+        for event in [event for event in batch if not (asked and rig.budget.refuses(event.workload.cgroup_id))]:
+            rig.offer(event)
     times = [event.time for event in requests(rig.next())]
     assert len(times) == len(set(times)) == 100
     assert sum(time >= 1000 for time in times) > 25
     assert rig.lost == 1900
+
+
+def test_d10_a_place_that_was_drawn_is_lost_with_its_second() -> None:
+    """It is asked in one second and offered in the next: a candidate of that one, and counted once."""
+    rig = Rig(10)
+    offered = 0
+    for _ in range(50):
+        if not rig.budget.refuses(WEB.cgroup_id):
+            offered += 1
+            if offered <= 10:
+                rig.offer(REQUEST)
+    rig.now += 1
+    assert len(rig.offer(REQUEST)) == 10
+    assert rig.lost == 50 - offered
+    assert len(rig.next()) == 1
+    assert rig.lost == 50 - offered
 
 
 def test_d10_a_set_up_costs_as_many_spans_as_it_has() -> None:
