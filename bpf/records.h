@@ -7,13 +7,14 @@
 #define EBFW_RECORDS_H
 
 #include "socket.h"
+#include "lib/head.h"
 
 INLINE u64 wakeup(void)
 {
 	u32 zero = 0;
 	struct settings *settings = bpf_map_lookup_elem(MAP(SETTINGS), &zero);
 
-	if (!settings || bpf_ringbuf_query(MAP(RECORDS), BPF_RB_AVAIL_DATA) < settings->wakeup_bytes)
+	if (LIKELY(!settings || bpf_ringbuf_query(MAP(RECORDS), BPF_RB_AVAIL_DATA) < settings->wakeup_bytes))
 		return BPF_RB_NO_WAKEUP;
 	/* Above the mark, too, one wake-up every 64 KiB or so is enough: a reader that cannot keep up is awake. */
 	if ((bpf_ringbuf_query(MAP(RECORDS), BPF_RB_PROD_POS) & 0xffff) >= 512)
@@ -54,7 +55,7 @@ INLINE struct record *reserve_record(u64 size)
 {
 	struct record *r = bpf_ringbuf_reserve(MAP(RECORDS), size, 0);
 
-	if (!r)
+	if (UNLIKELY(!r))
 		count_tally(LOST_RING_FULL);
 	return r;
 }
@@ -71,15 +72,16 @@ INLINE struct record *reserve_record(u64 size)
 		} *b = (void *)reserve_record(sizeof(*b));                                                            \
 		u64 take = n - 1;                                                                                     \
                                                                                                               \
-		if (!b)                                                                                               \
+		if (UNLIKELY(!b))                                                                                     \
 			return;                                                                                           \
 		BOUND(take, (room) - 1);                                                                              \
 		take += 1;                                                                                            \
 		fill_record(&b->head, s, parcel->kind, now);                                                                  \
-		if (bpf_skb_load_bytes(skb, parcel->offset, b->payload, take)) {                                              \
+		if (UNLIKELY(bpf_skb_load_bytes(skb, parcel->offset, b->payload, take))) {                                    \
 			bpf_ringbuf_discard(b, BPF_RB_NO_WAKEUP);                                                         \
 			return;                                                                                           \
 		}                                                                                                     \
+		parcel->status = *(u32 *)(b->payload + STATUS_AT);                                                    \
 		b->head.length = take;                                                                                \
 		b->head.flags |= parcel->flags | (take < parcel->length ? RECORD_TRUNCATED : 0);                                           \
 		b->head.offset = parcel->stream_offset;                                                                       \
@@ -100,6 +102,7 @@ struct parcel {
 	u32 sequence;
 	u32 sent;     /* of the request so far */
 	u32 received; /* in this packet */
+	u32 status;   /* what is at STATUS_AT of a payload that was shipped; older bytes where it is shorter */
 	u8 kind;
 	u8 flags;
 	u16 pad;
@@ -133,13 +136,13 @@ INLINE void ship_cut(struct __sk_buff *skb, const struct socket *s, const struct
 	bpf_ringbuf_submit(b, wakeup());
 }
 
-INLINE void ship(struct __sk_buff *skb, const struct socket *s, const struct parcel *parcel)
+INLINE void ship(struct __sk_buff *skb, const struct socket *s, struct parcel *parcel)
 {
 	u64 now, n = parcel->length;
 
 	if (!n)
 		return;
-	if (parcel->cut) {
+	if (UNLIKELY(parcel->cut)) {
 		ship_cut(skb, s, parcel);
 		return;
 	}

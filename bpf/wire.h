@@ -272,7 +272,7 @@ struct socket {
 	__u8 more;     /* written by ingress: more of a response came than was told */
 	__u8 upgraded; /* HTTP is over on this connection (101) */
 	__u8 bare; /* length of a packet without payload, once the first with one has left: whatever is no longer has none */
-	__u8 first_byte; /* of the segment that is looked at */
+	__u8 pad;
 };
 
 /* Which listening socket's packet this CPU is at: see accepted() in tcp.h. */

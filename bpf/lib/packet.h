@@ -22,6 +22,7 @@ struct packet {
 	u8 transport;
 	u8 tcp_flags;
 	u32 seq;     /* TCP sequence number of the first payload byte */
+	u32 ack;     /* and of the first byte that the sender waits for */
 	u32 payload; /* offset of the payload from the start of the IP header */
 	u32 length;  /* of the payload */
 };
@@ -95,6 +96,7 @@ INLINE int parse_packet(struct source *from, u32 total, struct packet *p)
 		p->source_port = ip[0] << 8 | ip[1];
 		p->dest_port = ip[2] << 8 | ip[3];
 		p->seq = (u32)ip[4] << 24 | ip[5] << 16 | ip[6] << 8 | ip[7];
+		p->ack = (u32)ip[8] << 24 | ip[9] << 16 | ip[10] << 8 | ip[11];
 		p->tcp_flags = ip[13];
 		offset += (ip[12] >> 4) * 4;
 	} else if (next == PROTO_UDP) {
@@ -107,6 +109,54 @@ INLINE int parse_packet(struct source *from, u32 total, struct packet *p)
 	p->payload = offset + nothing;
 	p->length = (total > offset ? total - offset : 0) + nothing;
 	p->transport = next + nothing;
+	return 0;
+}
+
+/*
+ * The same for what nearly all packets are: IPv4 without options or IPv6 without extension headers, TCP or UDP, where
+ * the headers are in the packet's linear part, from `ip` to `end`. They are read where they lie; parse_packet() calls a
+ * helper for each. Negative: it must be asked.
+ */
+INLINE int parse_plain(const u8 *ip, const u8 *end, u32 total, struct packet *p)
+{
+	u32 offset, nothing = forget();
+	const u8 *next;
+	u8 transport;
+
+	if (ip + 40 > end)
+		return -1;
+	if (ip[0] == 0x45) {
+		if ((ip[6] & 0x1f) || ip[7]) /* fragment offset */
+			return -1;
+		transport = ip[9];
+		map_v4(p->source, ip + 12);
+		map_v4(p->dest, ip + 16);
+		offset = 20;
+	} else if ((ip[0] >> 4) == 6 && ip + 60 <= end) {
+		transport = ip[6];
+		__builtin_memcpy(p->source, ip + 8, 16);
+		__builtin_memcpy(p->dest, ip + 24, 16);
+		offset = 40;
+	} else {
+		return -1;
+	}
+	next = ip + offset;
+	p->source_port = __builtin_bswap16(*(const u16 *)next);
+	p->dest_port = __builtin_bswap16(*(const u16 *)(next + 2));
+	p->seq = p->ack = p->tcp_flags = 0;
+	if (transport == PROTO_TCP) {
+		p->seq = __builtin_bswap32(*(const u32 *)(next + 4));
+		p->ack = __builtin_bswap32(*(const u32 *)(next + 8));
+		p->tcp_flags = next[13];
+		offset += (next[12] >> 4) * 4;
+	} else if (transport == PROTO_UDP) {
+		offset += 8;
+	} else {
+		return -1;
+	}
+	p->payload = offset + nothing;
+	p->length = (total > offset ? total - offset : 0) + nothing;
+	p->transport = transport + nothing;
 	return 0;
 }
 

@@ -7,6 +7,8 @@
 #define EBFW_SOURCE_H
 
 #define INLINE static inline __attribute__((always_inline))
+#define LIKELY(x) __builtin_expect(!!(x), 1) /* clang keeps together what is: code is fetched by the cache line */
+#define UNLIKELY(x) __builtin_expect(!!(x), 0)
 
 /*
  * Keep the low bits of x, visibly to the verifier. clang drops a mask that it can prove to be without effect; the

@@ -66,6 +66,17 @@ int host_parse(const u8 *data, u32 captured, u32 total, struct packet *p)
 	return failed;
 }
 
+int host_plain(const u8 *data, u32 captured, u32 total, struct packet *p)
+{
+	u8 *exact = malloc(captured ? captured : 1);
+	int failed;
+
+	memcpy(exact, data, captured);
+	failed = parse_plain(exact, exact + captured, total, p);
+	free(exact);
+	return failed;
+}
+
 /* A packet that holds this piece and not a byte more, so that a sanitizer sees a read beyond it. */
 static struct source packet_of(const u8 *stream, struct piece piece)
 {
@@ -322,7 +333,7 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t size)
 	static struct piece pieces[MOST];
 	struct answer whole, parts;
 	struct piece one = {0, 0};
-	struct packet p;
+	struct packet p, plain;
 	u32 length, count;
 
 	if (size < 5)
@@ -333,6 +344,9 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t size)
 	case 0:
 		if (host_parse(data + 4, length, length, &p) == 0 && p.length)
 			must(p.payload + p.length == length, "the payload ends with the packet");
+		memset(&plain, 0, sizeof(plain));
+		if (host_plain(data + 4, length, length, &plain) == 0)
+			must(!memcmp(&p, &plain, sizeof(p)), "a plain packet is the same to both");
 		break;
 	case 1:
 		host_hello(data + 4, &one, 1, &whole);

@@ -44,6 +44,7 @@ class Packet(c.Structure):
         ("transport", c.c_uint8),
         ("tcp_flags", c.c_uint8),
         ("seq", c.c_uint32),
+        ("ack", c.c_uint32),
         ("payload", c.c_uint32),
         ("length", c.c_uint32),
     )
@@ -93,8 +94,14 @@ class Host:
         return self._feed(self.library.host_head, stream, pieces)
 
     def packet(self, data: bytes, total: int | None = None) -> Packet | None:
+        return self._packet(self.library.host_parse, data, total)
+
+    def plain(self, data: bytes, total: int | None = None) -> Packet | None:
+        return self._packet(self.library.host_plain, data, total)
+
+    def _packet(self, function: Any, data: bytes, total: int | None) -> Packet | None:
         packet = Packet()
-        failed = self.library.host_parse(data, len(data), len(data) if total is None else total, c.byref(packet))
+        failed = function(data, len(data), len(data) if total is None else total, c.byref(packet))
         return None if failed else packet
 
 
@@ -179,10 +186,10 @@ def transports(draw: st.DrawFn) -> tuple[int, bytes, int, int, dict[str, int]]:
     ports = {"source_port": source, "dest_port": dest}
     if protocol == 6:
         words, flags = draw(st.integers(5, 15)), draw(st.integers(0, 255))
-        seq = draw(st.integers(0, 2**32 - 1))
-        header = struct.pack("!HHIIBBHHH", source, dest, seq, 0, words << 4 | 1, flags, 1, 2, 3)
+        seq, ack = draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 2**32 - 1))
+        header = struct.pack("!HHIIBBHHH", source, dest, seq, ack, words << 4 | 1, flags, 1, 2, 3)
         header += b"\x01" * (words * 4 - 20)
-        return 6, header, 14, words * 4, {**ports, "tcp_flags": flags, "seq": seq}
+        return 6, header, 14, words * 4, {**ports, "tcp_flags": flags, "seq": seq, "ack": ack}
     if protocol == 17:
         return 17, struct.pack("!HHHH", source, dest, 8, 0), 8, 8, ports
     return protocol, b"", 0, 0, {}
@@ -241,10 +248,26 @@ def test_packet(host: Host, built: Built) -> None:
             continue
         assert packet is not None
         assert (bytes(packet.source), bytes(packet.dest)) == built.addresses
-        fields = ("source_port", "dest_port", "transport", "tcp_flags", "seq", "payload", "length")
+        fields = ("source_port", "dest_port", "transport", "tcp_flags", "seq", "ack", "payload", "length")
         assert {f: getattr(packet, f) for f in fields if getattr(packet, f)} == {
             f: v for f, v in built.expected.items() if v
         }
+
+
+@FEW
+@given(built=packets())
+def test_plain_packets_read_the_same_where_they_lie(host: Host, built: Built) -> None:
+    expected = built.expected
+    version, headers = built.data[0] >> 4, expected.get("payload", 0)
+    bare = (version == 4 and built.data[0] == 0x45) or (version == 6 and built.data[6] in (6, 17))
+    for captured in range(len(built.data) + 1):
+        plain = host.plain(built.data[:captured], len(built.data))
+        if bare and headers and expected["transport"] in (6, 17) and captured >= (40 if version == 4 else 60):
+            assert plain is not None
+        if plain is not None:
+            packet = host.packet(built.data[:captured], len(built.data))
+            assert packet is not None
+            assert bytes(plain) == bytes(packet)
 
 
 @FEW
