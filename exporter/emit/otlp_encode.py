@@ -17,9 +17,11 @@ from opentelemetry.proto.metrics.v1 import metrics_pb2 as pb
 from exporter.emit import semconv as c
 from exporter.emit.histograms import Exemplar, Histogram, since
 from exporter.emit.metrics import Gone, Point, Snapshot, is_delta
-from exporter.emit.otlp_records import LIMIT, Payload
+from exporter.emit.otlp_records import Payload
 from exporter.emit.resource import Resource
 
+# Messages of protobuf's take many times the memory of their bytes.
+LIMIT = 1 << 17
 # Attributes are encoded once and kept: a message of protobuf's is an arena of 1 to 3 KiB of its own, which no Python
 # tool shows. So only few are kept, and none whose values are as many as a host has peers.
 _KEPT = 256

@@ -39,8 +39,9 @@ from exporter.emit.spans import (
 from exporter.emit.trace_context import Context
 from exporter.events import Event, Workload
 
-# Receivers take 4 MiB by default; a part of it keeps the agent's memory flat while it sends.
-LIMIT: Final = 1 << 17
+# Receivers take 4 MiB by default; a part of it keeps the agent's memory flat while it sends. A batch of 512 spans, the
+# default, fits: a request costs 0.6 ms in the HTTP library, as much as encoding 170 spans.
+LIMIT: Final = 1 << 19
 # Pieces that are kept, 50 to 600 bytes each. Then all are made anew.
 _KEPT: Final = 8192
 _HEADS: Final = 512  # resources, 600 bytes each
