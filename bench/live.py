@@ -8,7 +8,9 @@ between them, in which its speed changes by more than what is measured. Requests
 in live_tls.py.
 
 Those C programs do nothing else: no application pays so much. What one pays that parses, schedules and writes a log
-shows a client and server of Go's net/http, likewise on one CPU.
+shows a client and server of Go's net/http, likewise on one CPU. Clients that are watched and that are not take turns of
+some milliseconds and are replaced after 2,000 requests, as the speed of one varies twofold with where its memory lies.
+What the agent does on its CPU meanwhile slows both alike.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from bench import live_tls
@@ -44,14 +46,15 @@ class _Result(NamedTuple):
 
 
 _LOADS = {
-    "pingpong": _Load("pingpong", 10_000, runs=72),
+    "pingpong": _Load("pingpong", 10_000, runs=144),
     "hello": _Load("hello", 2_000, runs=72),
     "http": _Load("http", 20_000),
     "dns": _Load("dns", 8_000, 53, runs=72),
     "dns fresh": _Load("dns", 10_000, 53, ("-f",)),
     "bulk": _Load("bulk", 12_000),
 }
-_GO_REQUESTS, _GO_RUNS, _GO_PORTS = 2_000, 72, {True: 8080, False: 8081}
+_GO_PORTS = {True: 8080, False: 8081}
+_GO_REQUESTS, _GO_TURNS, _GO_CLIENTS = 200, 10, 120  # in a turn, of a client, one after another
 _READ = 0.3  # seconds after which the agent has read what a run has left in the ring
 
 
@@ -68,7 +71,6 @@ def rows(quick: bool) -> Iterator[Row]:
         guard.callback(agent.stop)
         agent.start()
         benches = {on: _Live(lab, cgroup) for on, cgroup in cgroups.items()}
-        goes = {on: guard.enter_context(_Go(lab, cgroup, _GO_PORTS[on])) for on, cgroup in cgroups.items()}
         go_rates: dict[bool, list[float]] = {True: [], False: []}
         results: dict[bool, dict[str, list[_Result]]] = {on: {name: [] for name in _LOADS} for on in cgroups}
 
@@ -82,12 +84,14 @@ def rows(quick: bool) -> Iterator[Row]:
                     results[on][name].append(benches[on].run(load))
                     if on:
                         time.sleep(_READ)
-        for number in range(4 if quick else _GO_RUNS):
-            progress.step(f"Go, run {number + 1} of {_GO_RUNS}")
-            for on in turns(number):
-                go_rates[on].append(goes[on].rate())
-                if on:
-                    time.sleep(_READ)
+        servers = {on: guard.enter_context(_GoServer(lab, cgroup, _GO_PORTS[on])) for on, cgroup in cgroups.items()}
+        for number in range(4 if quick else _GO_CLIENTS):
+            progress.step(f"Go, client {number + 1} of {_GO_CLIENTS}")
+            with contextlib.ExitStack() as both:
+                clients = {on: both.enter_context(server.client()) for on, server in servers.items()}
+                for turn in range(_GO_TURNS):
+                    for on in turns(turn):
+                        go_rates[on].append(clients[on]())
 
     def cpu(title: str, name: str, bound: float | None, note: str) -> Row:
         ours, theirs = ([r.cpu * 1e6 for r in side[name]] for side in (results[True], results[False]))
@@ -175,11 +179,11 @@ class _Live:
         return sum(end["user_s"] + end["system_s"] for end in (said, heard)), said
 
 
-class _Go:
-    """A server of Go's net/http, and a client for each run, on one CPU; a context manager."""
+class _GoServer:
+    """A server of Go's net/http, and clients of it on the same CPU; a context manager."""
 
     def __init__(self, lab: Lab, cgroup: Cgroup, port: int) -> None:
-        self._lab, self._cgroup, self._port = lab, cgroup, port
+        self._lab, self._cgroup, self._address = lab, cgroup, f"{POD4}:{port}"
         self._program = REPOSITORY / ".venv/tools/goclient"
         if not self._program.exists():
             raise LabError("the Go client is not built; run: scripts/tools goclient")
@@ -190,36 +194,41 @@ class _Go:
             netns=self._lab.pods,
             names=False,
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            # Its end says that the process has ended. Without a pipe subprocess looks every 50 ms: a tenth of a run.
+            stdout=subprocess.DEVNULL,  # a line for each request, written all the same
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def __enter__(self) -> _Go:
-        self._server = self._start("-serve", f"{POD4}:{self._port}")
+    def __enter__(self) -> _GoServer:
+        self._server = self._start("-serve", self._address)
         deadline = time.monotonic() + 10
-        while self._request(1)[0]:
+        while (attempt := self._start("-url", f"http://{self._address}/")).communicate() and attempt.returncode:
             if time.monotonic() > deadline:
                 self.__exit__()
                 raise LabError("the Go server does not answer")
             time.sleep(0.1)
-        self._before = statistics.median(self._request(1)[1] for _ in range(5))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.communicate()
+        self._server.communicate()  # it ends with its input
 
-    def _request(self, number: int) -> tuple[int, float]:
-        """The client's exit status, and how many seconds it took."""
-        began = time.monotonic()
-        client = self._start("-url", f"http://{POD4}:{self._port}/", "-n", str(number))
-        client.communicate(timeout=60)
-        return client.returncode, time.monotonic() - began
+    @contextlib.contextmanager
+    def client(self) -> Iterator[Callable[[], float]]:
+        """A process with one connection; the call makes requests one after another, and says how many a second."""
+        client = self._start("-url", f"http://{self._address}/", "-turns")
+        orders, answers = client.stdin, client.stderr
+        assert orders is not None
+        assert answers is not None
 
-    def rate(self) -> float:
-        """Requests a second, one after another on one connection."""
-        failed, seconds = self._request(_GO_REQUESTS)
-        if failed:
-            raise LabError("a request of the Go client had no answer")
-        return _GO_REQUESTS / (seconds - self._before)
+        def rate() -> float:
+            print(_GO_REQUESTS, file=orders, flush=True)
+            seconds = answers.readline()
+            try:
+                return _GO_REQUESTS / float(seconds)
+            except ValueError:
+                raise LabError(f"a request of the Go client had no answer: {seconds.strip()}") from None
+
+        try:
+            yield rate
+        finally:
+            client.communicate()

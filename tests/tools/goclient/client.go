@@ -8,17 +8,21 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
+	"time"
 )
 
 type clientOptions struct {
 	url                                string
 	requests, parallel, post           int
 	http2, insecure, grpc, fresh, wait bool
+	turns                              bool
 	ca                                 string
 	headers                            headerList
 }
@@ -79,6 +83,33 @@ func request(options clientOptions) error {
 		return errors.New("a request had no answer")
 	}
 	return nil
+}
+
+// takeTurns reads numbers from standard input, line by line. For each it sends so many requests, one after another, and
+// says on standard error how many seconds they took.
+func takeTurns(options clientOptions) error {
+	client, err := newClient(options)
+	if err != nil {
+		return err
+	}
+	lines := bufio.NewScanner(os.Stdin)
+	out := json.NewEncoder(os.Stdout)
+	for lines.Scan() {
+		number, err := strconv.Atoi(lines.Text())
+		if err != nil {
+			return err
+		}
+		began := time.Now()
+		for range number {
+			result := one(client, options)
+			if result.Error != "" {
+				return errors.New(result.Error)
+			}
+			_ = out.Encode(result)
+		}
+		fmt.Fprintln(os.Stderr, time.Since(began).Seconds())
+	}
+	return lines.Err()
 }
 
 func newClient(options clientOptions) (*http.Client, error) {

@@ -28,6 +28,7 @@ func main() {
 	flag.BoolVar(&c.fresh, "fresh", false, "client: a new connection for each request")
 	flag.Var(&c.headers, "header", "client: 'Name: value', may be repeated")
 	flag.BoolVar(&c.wait, "wait", false, "client: send request i after reading a line i from standard input")
+	flag.BoolVar(&c.turns, "turns", false, "client: for each line of standard input send so many requests, tell the seconds")
 
 	var s serverOptions
 	flag.StringVar(&s.address, "serve", "", "server: address to listen on, such as 127.0.0.1:0")
@@ -46,6 +47,8 @@ func main() {
 	case s.address != "":
 		go func() { _, _ = io.Copy(io.Discard, bufio.NewReader(os.Stdin)); os.Exit(0) }()
 		err = serve(s)
+	case c.url != "" && c.turns:
+		err = takeTurns(c)
 	case c.url != "":
 		err = request(c)
 	default:
