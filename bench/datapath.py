@@ -58,7 +58,7 @@ class _Bench:
             "HTTP/1 connection, packet out, counted",
             out,
             packets.tcp(packets.HTTP, port=80),
-            note="between requests; never leaves the slow path, the next request may begin with any packet",
+            note="between requests; each is looked at, as the next request may begin with it",
         )
         yield self._shot(
             "first packet, new socket and new flow",

@@ -11,15 +11,15 @@
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 
 /*
- * Keep the low bits of x, visibly to the verifier. clang drops a mask that it can prove to be without effect; the
- * verifier, which knows less, then refuses the access. In asm the mask stays.
- */
-/*
  * Read memory anew after this. Without it clang keeps in a register what it has just stored, with the bounds that
  * the verifier knows of it; read from a map, it is a number of which nothing is known, and paths merge.
  */
 #define RELOAD() asm volatile("" ::: "memory")
 
+/*
+ * BOUND: keep the low bits of x, visibly to the verifier. clang drops a mask that it can prove to be without effect; the
+ * verifier, which knows less, then refuses the access. In asm the mask stays.
+ */
 #ifdef EBFW_HOST
 #define BOUND(x, mask) ((x) &= (mask))
 #define OPAQUE(x) ((void)(x))
