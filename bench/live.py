@@ -46,7 +46,7 @@ class _Result(NamedTuple):
 
 
 _LOADS = {
-    "pingpong": _Load("pingpong", 10_000, runs=144),
+    "pingpong": _Load("pingpong", 2_500, runs=432),
     "hello": _Load("hello", 2_000, runs=72),
     "http": _Load("http", 20_000),
     "dns": _Load("dns", 8_000, 53, runs=72),
