@@ -53,7 +53,7 @@ _LOADS = {
     "bulk": _Load("bulk", 12_000),
 }
 _GO_PORTS = {True: 8080, False: 8081}
-_GO_REQUESTS, _GO_TURNS, _GO_CLIENTS = 200, 10, 120  # in a turn, of a client, one after another
+_GO_REQUESTS, _GO_TURNS, _GO_CLIENTS = 200, 10, 300  # in a turn, of a client, one after another
 _READ = 0.3  # seconds after which the agent has read what a run has left in the ring
 
 
