@@ -28,7 +28,7 @@
  * HTTP2            socket            struct http2          kernel               kernel     LOST_SOCKET
  * TLS_HTTP2        struct tls_key    struct http2          kernel               kernel     LRU: the connection is met anew
  * ACCEPTING        0                 struct accepting      kernel               kernel     one a CPU
- * INBOUND          cgroup, port      struct inbound       kernel               kernel     by CPU: another takes its place
+ * INBOUND          cgroup, port      struct inbound        kernel               kernel     by CPU: another takes its place
  * FRAMES_*         0                 program               agent, at start      kernel     -
  *
  * No counter lives in an LRU map: LRU evicts without a signal, and a total would fall.

@@ -158,6 +158,22 @@ def cut(data, *sizes):
     return [*pieces, data.hex()] if data else pieces
 
 
+def after_our_fin(dump):
+    """How many packets came behind one that acknowledged our FIN, of all connections in an IPv4 capture."""
+    ends, acknowledged, behind = {}, set(), 0
+    for head, _ in dump.headers():
+        size, (total,) = (head[0] & 15) * 4, struct.unpack_from("!H", head, 2)
+        source, dest, seq, ack, offset, flags = struct.unpack_from("!HHIIBB", head, size)
+        if head[12:16] == OURS:
+            if flags & 1:
+                ends[source] = (seq + total - size - (offset >> 4) * 4 + 1) % 2**32
+        elif dest in acknowledged:
+            behind += 1
+        elif ends.get(dest) == ack:
+            acknowledged.add(dest)
+    return behind
+
+
 @pytest.mark.parametrize("size", [300, 1500, pytest.param(1700, marks=pytest.mark.core), 4000])
 def test_client_hello_with_its_name_last(size, watch, start, cgroup, lab, servers, capture):
     """loadgen's hello, in the shape of a browser's: a post-quantum key share, padding, server_name."""
@@ -173,15 +189,12 @@ def test_client_hello_with_its_name_last(size, watch, start, cgroup, lab, server
     assert len(watch.rows) == 2
     assert (unnamed.opened, unnamed.closed, named.opened, named.closed) == (N, 0, 0, N)
     assert {(e.domain, e.name_source) for e in watch.of(CLOSE)} == {("www.last.example", SNI)}
-    # loadgen closes first: the far side's FINs and our ACKs of them may be TIME_WAIT's, which is no socket. So may its
-    # answers to what we sent twice, on a machine so slow that it does.
-    seen = dump.packets(OURS)
-    late = (seen.tx_packets - watch.total.tx_packets, seen.rx_packets - watch.total.rx_packets)
-    fins = sum(head[12:16] != OURS and head[(head[0] & 15) * 4 + 13] & 1 for head, _ in dump.headers())
-    assert 0 <= late[0] <= late[1] <= late[0] + watch.total.retransmits
-    assert late[0] <= fins
+    # loadgen closes first: what comes after the far side has acknowledged its FIN may be TIME_WAIT's, which is no
+    # socket, and so may the answer; or it is counted while another CPU ends the socket, after the close was told.
+    seen, behind = dump.packets(OURS), after_our_fin(dump)
+    assert 0 <= seen.tx_packets - watch.total.tx_packets <= seen.rx_packets - watch.total.rx_packets <= behind
     assert sum(e.tx_bytes for e in watch.of(CLOSE)) == watch.total.tx_bytes
-    assert sum(e.rx_bytes for e in watch.of(CLOSE)) == watch.total.rx_bytes
+    assert 0 <= watch.total.rx_bytes - sum(e.rx_bytes for e in watch.of(CLOSE)) <= 52 * behind
 
 
 SPLITS = {
